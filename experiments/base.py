@@ -1,0 +1,31 @@
+"""The common model at each scale. Experiments start from here and change what they are about.
+
+smoke: minutes on two CPU cores. small: one accelerator, or hours on a CPU. The papers' sizes are in
+pods/ where they exist.
+"""
+
+from ml_collections import ConfigDict
+
+from moejax.config import default_config
+
+SCALES = ("smoke", "small")
+
+
+def get_config(scale: str = "smoke") -> ConfigDict:
+    """The base: 8 SwiGLU experts in every second layer, top-1 of the FFN's own width, dropless."""
+    if scale not in SCALES:
+        raise ValueError(f"unknown scale {scale!r}; known: {', '.join(SCALES)}")
+    config = default_config()
+    config.moe.every = 2
+    config.optimizer.warmup = 20
+    if scale == "smoke":
+        config.model.update(layers=4, dim=64, heads=4, ffn=256)
+        config.data.update(sequence=128, batch=16)
+        config.train.update(steps=200, log_every=10, eval_every=50, checkpoint_every=100)
+    else:
+        config.model.update(layers=6, dim=256, heads=8, ffn=1024, dtype="bfloat16")
+        config.data.update(name="text", sequence=256, batch=64)
+        config.moe.experts = 16
+        config.optimizer.update(learning_rate=1e-3, warmup=250)
+        config.train.update(steps=5000, log_every=50, eval_every=500, checkpoint_every=500)
+    return config

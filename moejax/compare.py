@@ -1,0 +1,115 @@
+"""Train every variant of an experiment over seeds, then report: moejax compare experiments/routers.py:smoke
+
+A variant's run that is finished is not run again, one that was cut is resumed. Run some variants here
+and some on another machine (--variants), then `moejax report DIR DIR ...` joins them.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from moejax import cli
+from moejax.config import Config, override
+from moejax.reporting import Suite, load, write_report
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "experiment file with get_suite, and after ':' its scale"
+)
+OUT = flags.DEFINE_string("out", None, "output folder; default runs/EXPERIMENT/SCALE")
+VARIANTS = flags.DEFINE_list("variants", [], "only these variants")
+SEEDS = flags.DEFINE_list("seeds", [], "these seeds instead of the experiment's")
+
+
+def main(arguments: list[str]) -> int:
+    if arguments or CONFIG.value is None:
+        raise ValueError("usage: moejax compare experiments/FILE.py:SCALE [--out=DIR]")
+    path, _, scale = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    suite = load_suite(path, scale)
+    if SEEDS.value:
+        suite = dataclasses.replace(suite, seeds=tuple(int(seed) for seed in SEEDS.value))
+    out = Path(OUT.value or f"runs/{suite.name}/{suite.scale}")
+    configs = plan(suite, CONFIG.value, VARIANTS.value)
+    from moejax.training.checkpoint import claim
+    from moejax.training.loop import Stopped
+    from moejax.training.meter import NonFiniteLoss
+
+    for name, config in configs.items():
+        claim(out / name, config)
+    described = {**suite.to_json(), "experiment": f"{path}:{scale}"}
+    (out / "suite.json").write_text(json.dumps(described, indent=2))
+    try:
+        train_all(configs, out)
+    except Stopped as stop:
+        print(f"{stop}; so does the comparison", file=sys.stderr)
+        return 0
+    except NonFiniteLoss as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(write_report(load(out), suite, out))
+    print(f"report: {out / 'report.html'}")
+    return 0
+
+
+def load_suite(path: str, scale: str) -> Suite:
+    """The suite that an experiment file defines at a scale.
+
+    Raises:
+      ValueError: no such file, or a file without get_suite.
+    """
+    module = load_experiment(path)
+    if not hasattr(module, "get_suite"):
+        raise ValueError(f"{path} has no get_suite(scale): it is a single run, for `moejax train`")
+    return module.get_suite(scale)
+
+
+def load_experiment(path: str) -> ModuleType:
+    """Import an experiment file by its path."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no experiment file {path}")
+    spec = importlib.util.spec_from_file_location(f"experiment_{Path(path).stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def plan(suite: Suite, base: ConfigDict, only: list[str]) -> dict[str, Config]:
+    """The checked configs of all runs by their folder, `VARIANT/seedK`, one seed of all variants first.
+
+    Raises:
+      ValueError: an unknown variant, or any variant whose config is wrong.
+    """
+    for name in only:
+        if name not in suite.variants:
+            raise ValueError(f"unknown variant {name!r}; known: {', '.join(suite.variants)}")
+    return {
+        f"{name}/seed{seed}": Config.from_dict(
+            override(base, {**suite.variants[name], "train.seed": seed})
+        )
+        for seed in suite.seeds
+        for name in (only or suite.variants)
+    }
+
+
+def train_all(configs: dict[str, Config], out: Path) -> None:
+    """Train what is not finished yet."""
+    from moejax.training.loop import train
+
+    waiting = [name for name in configs if not (out / name / "summary.json").exists()]
+    started = time.perf_counter()
+    for done, name in enumerate(waiting):
+        seconds = time.perf_counter() - started
+        left = f", {seconds / done * (len(waiting) - done):.0f} s left in all" if done else ""
+        print(f"[{done + 1}/{len(waiting)}] {name}{left}", file=sys.stderr, flush=True)
+        train(configs[name], out / name, label=name)
+
+
+if __name__ == "__main__":
+    cli.run(main)

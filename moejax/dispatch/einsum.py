@@ -1,0 +1,29 @@
+"""Dispatch by one-hot einsum: the 2020 reference (GShard, 2006.16668). Clear, and slow: T x E x C."""
+
+import jax
+import jax.numpy as jnp
+
+from moejax.dispatch.experts import Experts, experts_batched
+from moejax.dispatch.plan import Plan
+
+
+def einsum(p: Experts, x_TD: jax.Array, plan: Plan, activation: str) -> jax.Array:
+    """Tokens to expert buffers and back by matmuls with a one-hot [T, E, C] tensor.
+
+    Args:
+      p: the experts' weights.
+      x_TD: tokens, in the compute dtype.
+      plan: who goes where; C = plan.slots.
+      activation: a key of ACTIVATIONS.
+
+    Returns:
+      y_TD in x's dtype; zeros for a token that no expert worked on.
+    """
+    shape = (x_TD.shape[0], p.w_in_EDF.shape[0], plan.slots)
+    where = (plan.token_N, plan.expert_N, plan.slot_N)
+    dispatch_TEC = jnp.zeros(shape, x_TD.dtype).at[where].set(1, mode="drop")
+    combine_TEC = jnp.zeros(shape, plan.weight_N.dtype).at[where].set(plan.weight_N, mode="drop")
+    x_ECD = jnp.einsum("tec,td->ecd", dispatch_TEC, x_TD)
+    y_ECD = experts_batched(p, x_ECD, activation)
+    y_TD = jnp.einsum("tec,ecd->td", combine_TEC, y_ECD, preferred_element_type=jnp.float32)
+    return y_TD.astype(x_TD.dtype)

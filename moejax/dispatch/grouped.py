@@ -1,0 +1,209 @@
+"""The experts' feed-forward network over rows sorted by expert.
+
+On CPU `lax.ragged_dot` is a masked dense product: E times the work. Here each expert walks over its
+own rows in blocks, a whole network per block, so the work follows the load. Other platforms
+lower to `lax.ragged_dot`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+Activation = Callable[[Array], Array]
+Weights = tuple[Array, ...]  # (w_in_EDF,) or (w_in_EDF, w_gate_EDF)
+
+# An expert takes as many blocks of each size as fit, and rounds up to the last. Each size is compiled once.
+BLOCK_SIZES = (512, 128, 32)
+
+
+def grouped_ffn(
+    rows_ND: Array,
+    w_in_EDF: Array,
+    w_gate_EDF: Array | None,
+    w_out_EFD: Array,
+    load_E: Array,
+    activation: Activation = jax.nn.silu,
+) -> Array:
+    """Applies expert e's network to its rows: the first load_E[0] rows are expert 0's, and so on.
+
+    With a gate the network is (activation(x w_gate) * (x w_in)) w_out (SwiGLU, arXiv:2002.05202, for
+    silu), without one activation(x w_in) w_out. Rows past sum(load_E) give 0 and no gradient,
+    whatever they hold. Products accumulate in float32, also the weights' gradients.
+
+    Args:
+        rows_ND: inputs, sorted by expert.
+        w_in_EDF: input weights, dtype of the rows, like the other two.
+        w_gate_EDF: gate weights, or None.
+        w_out_EFD: output weights.
+        load_E: int32, the number of rows of each expert; may depend on data.
+        activation: elementwise.
+
+    Returns:
+        Outputs [N, D] in the dtype of the rows.
+    """
+    ins = (w_in_EDF,) if w_gate_EDF is None else (w_in_EDF, w_gate_EDF)
+    return _ffn(activation, rows_ND, ins, w_out_EFD, load_E)
+
+
+def _hidden(activation: Activation, x_in: Array, x_gate: Array | None = None) -> Array:
+    return activation(x_in) if x_gate is None else activation(x_gate) * x_in
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ffn(activation: Activation, rows_ND: Array, ins: Weights, w_out_EFD: Array, load_E: Array):
+    return _forward(activation, rows_ND, ins, w_out_EFD, load_E)[0]
+
+
+def _forward(activation: Activation, rows_ND: Array, ins: Weights, w_out_EFD: Array, load_E: Array):
+    # The choice of platform stands inside the two rules, so that neither path keeps the other's residuals.
+    args = rows_ND, ins, w_out_EFD, load_E
+    y_ND, pre = lax.platform_dependent(
+        *args, cpu=partial(_block_forward, activation), default=partial(_ragged_forward, activation)
+    )
+    return y_ND, (*args, pre)
+
+
+def _backward(activation: Activation, residuals: Any, dy_ND: Array):
+    drows_ND, dins, dw_out_EFD = lax.platform_dependent(
+        dy_ND,
+        *residuals,
+        cpu=partial(_block_backward, activation),
+        default=partial(_ragged_backward, activation),
+    )
+    return drows_ND, dins, dw_out_EFD, None
+
+
+_ffn.defvjp(_forward, _backward)
+
+
+# Every platform but CPU: the network as one writes it, on grouped products.
+
+
+def _zero_tail(rows: Array, load_E: Array) -> Array:
+    return jnp.where((jnp.arange(len(rows)) < load_E.sum())[:, None], rows, 0)
+
+
+def _ragged_forward(activation, rows_ND, ins, w_out_EFD, load_E):
+    x_ND = _zero_tail(rows_ND, load_E)
+    pre = tuple(lax.ragged_dot(x_ND, w, load_E) for w in ins)
+    y_ND = lax.ragged_dot(_hidden(activation, *pre), w_out_EFD, load_E)
+    return _zero_tail(y_ND, load_E), pre
+
+
+def _ragged_backward(activation, dy_ND, rows_ND, ins, w_out_EFD, load_E, pre):
+    def transposed(x, w, dy):
+        dx = lax.ragged_dot(dy, w.swapaxes(1, 2), load_E)
+        (dw,) = jax.linear_transpose(lambda w: lax.ragged_dot(x, w, load_E), w)(dy)
+        return dx, dw
+
+    x_ND, dy_ND = _zero_tail(rows_ND, load_E), _zero_tail(dy_ND, load_E)
+    hidden, hidden_vjp = jax.vjp(partial(_hidden, activation), *pre)
+    dhidden, dw_out_EFD = transposed(hidden, w_out_EFD, dy_ND)
+    dx, dins = zip(*(transposed(x_ND, w, d) for w, d in zip(ins, hidden_vjp(dhidden))))
+    return _zero_tail(sum(dx), load_E), dins, dw_out_EFD
+
+
+# CPU: the same, block by block.
+
+
+class _Block(NamedTuple):
+    """Rows start .. start + B of a sorted array, of which those that `keep` marks are the expert's."""
+
+    start: Array
+    keep_B1: Array
+
+    def read(self, rows: Array) -> Array:
+        rows = lax.dynamic_slice_in_dim(rows, self.start, len(self.keep_B1))
+        return jnp.where(self.keep_B1, rows, 0)
+
+    def write(self, rows: Array, new: Array) -> Array:
+        old = lax.dynamic_slice_in_dim(rows, self.start, len(self.keep_B1))
+        new = jnp.where(self.keep_B1, new.astype(rows.dtype), old)
+        return lax.dynamic_update_slice_in_dim(rows, new, self.start, 0)
+
+
+def _block(first: Array, end: Array, size: int, num_rows: int) -> _Block:
+    start = jnp.minimum(first, num_rows - size)  # a slice past the end of the array would be moved silently
+    row_B = start + jnp.arange(size)
+    return _Block(start, ((first <= row_B) & (row_B < end))[:, None])
+
+
+def _fold_blocks(expert: Callable, carry: Any, load_E: Array, num_rows: int) -> Any:
+    """Equivalent to: for e in range(E): for block in expert e's rows: carry = expert(e)(block, carry)."""
+    end_E = jnp.cumsum(load_E)
+    sizes = [min(size, num_rows) for size in BLOCK_SIZES]
+
+    def visit(e, carry):
+        step, first, end = expert(e), end_E[e] - load_E[e], end_E[e]
+        for size in sizes:
+            # A block that lacks less than an eighth of its rows is cheaper than smaller ones.
+            slack = size - 1 if size == sizes[-1] else size // 8
+            count = jnp.maximum(end - first + slack, 0) // size
+
+            def at(b, carry, first=first, size=size):
+                return step(_block(first + b * size, end, size, num_rows), carry)
+
+            carry = lax.fori_loop(0, count, at, carry)
+            first = first + count * size
+        return carry
+
+    return lax.fori_loop(0, len(load_E), visit, carry)
+
+
+def _dot(spec: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _add_at(sum_E: Array, e: Array, new: Array) -> Array:
+    new = lax.dynamic_index_in_dim(sum_E, e, keepdims=False) + new
+    return lax.dynamic_update_index_in_dim(sum_E, new, e, 0)
+
+
+def _block_forward(activation, rows_ND, ins, w_out_EFD, load_E):
+    def expert(e):
+        ins_e, w_out_FD = [w[e] for w in ins], w_out_EFD[e]
+
+        def step(block, carry):
+            y_ND, pre = carry
+            x_BD = block.read(rows_ND)
+            new = [_dot("bd,df->bf", x_BD, w).astype(rows_ND.dtype) for w in ins_e]
+            y_BD = _dot("bf,fd->bd", _hidden(activation, *new), w_out_FD)
+            return block.write(y_ND, y_BD), tuple(map(block.write, pre, new))
+
+        return step
+
+    num_rows, dtype = len(rows_ND), rows_ND.dtype
+    pre = tuple(jnp.zeros((num_rows, w.shape[2]), dtype) for w in ins)
+    return _fold_blocks(expert, (jnp.zeros_like(rows_ND), pre), load_E, num_rows)
+
+
+def _block_backward(activation, dy_ND, rows_ND, ins, w_out_EFD, load_E, pre):
+    def expert(e):
+        ins_e, w_out_FD = [w[e] for w in ins], w_out_EFD[e]
+
+        def step(block, carry):
+            dx_ND, dins, dw_out_EFD = carry
+            x_BD, dy_BD = block.read(rows_ND), block.read(dy_ND)
+            hidden_BF, hidden_vjp = jax.vjp(partial(_hidden, activation), *map(block.read, pre))
+            dhidden_BF = _dot("bd,fd->bf", dy_BD, w_out_FD).astype(hidden_BF.dtype)
+            dpre = hidden_vjp(dhidden_BF)
+            dx_BD = sum(_dot("bf,df->bd", d, w) for d, w in zip(dpre, ins_e))
+            dins = tuple(_add_at(dw, e, _dot("bd,bf->df", x_BD, d)) for dw, d in zip(dins, dpre))
+            dw_out_EFD = _add_at(dw_out_EFD, e, _dot("bf,bd->fd", hidden_BF, dy_BD))
+            return block.write(dx_ND, dx_BD), dins, dw_out_EFD
+
+        return step
+
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), (ins, w_out_EFD))
+    carry = _fold_blocks(expert, (jnp.zeros_like(rows_ND), *zeros), load_E, len(rows_ND))
+    return jax.tree.map(lambda d, a: d.astype(a.dtype), carry, (rows_ND, ins, w_out_EFD))
+
+
+def grouped_matmul(rows_ND: Array, w_EDF: Array, load_E: Array) -> Array:
+    """One product per expert, [N, D] to [N, F]; rows past sum(load_E) give 0 and no gradient."""
+    x_ND = _zero_tail(rows_ND, load_E)
+    return _zero_tail(lax.ragged_dot(x_ND, w_EDF, load_E), load_E)

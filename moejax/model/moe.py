@@ -1,0 +1,88 @@
+"""`moejax.MoE`: the layer as an NNX module, for our own transformer and for anybody's."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moejax.config import ModelConfig, MoeConfig, RouterConfig
+from moejax.dispatch import ACTIVATIONS, Experts
+from moejax.model.layers import FeedForward, initial
+from moejax.moe import MoeOptions, MoeParams, moe
+from moejax.routing import MoeStats
+
+
+class MoE(nnx.Module):
+    """A Mixture-of-Experts feed-forward layer.
+
+    A drop-in for a dense FFN of someone else's model:
+
+        layer = moejax.MoE(ModelConfig(dim=512, ffn=2048), MoeConfig(experts=8), "topk", rngs=nnx.Rngs(0))
+        y_BSD, stats = layer(x_BSD)
+
+    The forward pass writes nothing: the router's state goes in as `state`, the loads come out in `stats`;
+    add `balance_losses(stats, ...)` to the loss, and call `layer.router.update(state, stats.load_E)` once
+    per optimizer step where the router has a state (`layer.init_state()`).
+
+    Args:
+      model: dim, ffn, activation, init_scale and dtype are used.
+      config: experts, dispatch, capacity.
+      router: a name of ROUTERS, a function RouterInput -> Routing, or a RouterConfig.
+      rngs: of the initial weights.
+    """
+
+    def __init__(
+        self, model: ModelConfig, config: MoeConfig, router: Any = "topk", *, rngs: nnx.Rngs
+    ) -> None:
+        router = router if isinstance(router, RouterConfig) else RouterConfig(router)
+        self.router = router.make()
+        self.num_experts = config.experts
+        self.dtype = jnp.dtype(model.dtype)
+        self.options = MoeOptions(
+            router=self.router,
+            dispatch=config.dispatch,
+            activation=model.activation,
+            capacity_factor=config.capacity_factor,
+            groups=config.groups,
+            jitter=config.jitter,
+        )
+        e, d, f, scale = config.experts, model.dim, config.ffn or model.ffn, model.init_scale
+        self.w_router_DE = initial(rngs, (d, e), (0,), scale * config.router_scale)
+        self.w_in_EDF = initial(rngs, (e, d, f), (1,), scale)
+        self.w_out_EFD = initial(rngs, (e, f, d), (1,), scale)
+        gated = ACTIVATIONS[model.activation][1]
+        self.w_gate_EDF = initial(rngs, (e, d, f), (1,), scale) if gated else None
+        self.shared = FeedForward(model, config.shared * f, rngs) if config.shared else None
+
+    def init_state(self) -> Any:
+        """The router's state before the first step; None for most routers."""
+        return self.router.init(self.num_experts)
+
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        *,
+        valid_BS: jax.Array | None = None,
+        token_BS: jax.Array | None = None,
+        key: jax.Array | None = None,
+        state: Any = None,
+    ) -> tuple[jax.Array, MoeStats]:
+        """y_BSD in x's dtype and this layer's `MoeStats`; the arguments are those of `moejax.moe.moe`."""
+        valid_BS = jnp.ones(x_BSD.shape[:2], bool) if valid_BS is None else valid_BS
+        experts = Experts(self.w_in_EDF[...], self.w_out_EFD[...], None)
+        if self.w_gate_EDF is not None:
+            experts = experts._replace(w_gate_EDF=self.w_gate_EDF[...])
+        experts = jax.tree.map(lambda w: w.astype(self.dtype), experts)
+        y_BSD, stats = moe(
+            MoeParams(self.w_router_DE[...], experts),
+            x_BSD.astype(self.dtype),
+            options=self.options,
+            valid_BS=valid_BS,
+            token_BS=token_BS,
+            key=key,
+            state=state,
+        )
+        if self.shared is not None:
+            y_BSD = y_BSD + self.shared(x_BSD.astype(self.dtype))
+        return y_BSD.astype(x_BSD.dtype), stats

@@ -1,0 +1,29 @@
+"""From run directories to tables, figures and verdicts. Depends on their files only, not on the
+trainer.
+"""
+
+from .claims import Claim, Verdict, all_of, at_most, less, positive, ratio_at_least, similar, sooner
+from .metrics import Difference, StepsTo, Window
+from .report import write_report
+from .results import Results, Run, load
+from .suite import Suite
+
+__all__ = [
+    "Claim",
+    "Difference",
+    "Results",
+    "Run",
+    "StepsTo",
+    "Suite",
+    "Verdict",
+    "Window",
+    "all_of",
+    "at_most",
+    "less",
+    "load",
+    "positive",
+    "ratio_at_least",
+    "similar",
+    "sooner",
+    "write_report",
+]

@@ -1,0 +1,81 @@
+"""In what the arms differ: the config keys that do, and what makes a comparison unsound."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .results import Results, Run, flatten, lookup
+
+
+def config_differences(results: Results) -> dict[str, dict[str, Any]]:
+    """Dotted key -> variant -> value, for the keys on which finished variants differ (seeds
+    aside).
+    """
+    configs = {variant: flatten(runs[0].config) for variant, runs in results.finished()}
+    keys = dict.fromkeys(key for config in configs.values() for key in config)
+    differences = {}
+    for key in keys:
+        values = {variant: config.get(key) for variant, config in configs.items()}
+        if not _is_seed(key) and len({_text(v) for v in values.values()}) > 1:
+            differences[key] = values
+    return differences
+
+
+def caveats(results: Results) -> list[str]:
+    """One line each: why two arms may not be comparable, or what the tables leave out."""
+    found = [f"Incomplete: {name}: {why}." for name, why in results.incomplete.items()]
+    for label, key in (
+        ("data", "run.data.fingerprint"),
+        ("steps", "config.train.steps"),
+        ("tokens a step", "run.tokens_per_step"),
+        ("commit", "run.commit"),
+        ("device", "run.device"),
+        ("versions", "run.versions"),
+    ):
+        found += _disagreement(results, label, key)
+    for variant, runs in results.finished():
+        found += _seed_configs(variant, runs)
+    for run in results.all_runs:
+        if run.alarms:
+            first, count = run.alarms[0], len(run.alarms)
+            found.append(f"{run.name}: {count} alarms, at step {first['step']}: {first['message']}")
+        if run.unreadable_lines:
+            found.append(f"{run.name}: {run.unreadable_lines} unreadable lines in metrics.jsonl.")
+    return found
+
+
+def _disagreement(results: Results, label: str, key: str) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for run in results.runs:
+        value = lookup({"run": run.info, "config": run.config}, key)
+        groups.setdefault(_text(value), []).append(run.name)
+    if len(groups) < 2:
+        return []
+    parts = "; ".join(f"{value}: {_names(names)}" for value, names in groups.items())
+    return [f"Runs differ in {label} ({parts})."]
+
+
+def _seed_configs(variant: str, runs: list[Run]) -> list[str]:
+    first = flatten(runs[0].config)
+    for run in runs[1:]:
+        other = flatten(run.config)
+        keys = [k for k in {**first, **other} if not _is_seed(k) and first.get(k) != other.get(k)]
+        if keys:
+            return [
+                f"Seeds of {variant} differ in {keys[0]}: {first.get(keys[0])} (seed "
+                f"{runs[0].seed}) and {other.get(keys[0])} (seed {run.seed})."
+            ]
+    return []
+
+
+def _is_seed(key: str) -> bool:
+    return key.rpartition(".")[2] == "seed"
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

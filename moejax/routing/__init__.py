@@ -1,0 +1,26 @@
+"""Routing: pure functions of arrays, from a token's logits to its experts. No Flax, no model."""
+
+from moejax.routing.balance import BALANCE_LOSSES, load_balance, router_z
+from moejax.routing.metrics import MoeStats, max_vio, moe_stats, normalised_entropy
+from moejax.routing.registry import ROUTERS, Router, RouterSpec, hyperparameters, make_router
+from moejax.routing.types import RouterFn, RouterInput, Routing, combine_TE, token_choice
+
+__all__ = [
+    "BALANCE_LOSSES",
+    "ROUTERS",
+    "MoeStats",
+    "Router",
+    "RouterFn",
+    "RouterInput",
+    "RouterSpec",
+    "Routing",
+    "combine_TE",
+    "hyperparameters",
+    "load_balance",
+    "make_router",
+    "max_vio",
+    "moe_stats",
+    "normalised_entropy",
+    "router_z",
+    "token_choice",
+]

@@ -1,0 +1,118 @@
+"""What one forward pass says about its routing: sums over tokens, and the figures made from them.
+
+Every field of `MoeStats` is a sum, so the statistics of two microbatches, or of two devices, add up to
+those of the whole batch. Balance losses and router-state updates are functions of these sums: that is
+why they do not depend on how a batch was cut.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moejax.routing.types import RouterInput, Routing
+
+if TYPE_CHECKING:
+    from moejax.dispatch.plan import Plan
+
+
+class MoeStats(NamedTuple):
+    """Sums over the valid tokens of a batch, of one MoE layer (or with a leading layer axis).
+
+    Attributes:
+      tokens: int32, valid tokens T'.
+      load_E: int32, assignments per expert before dropping.
+      first_E: int32, the same for first choices only.
+      kept_E: int32, assignments per expert after dropping.
+      dropped_K: int32, assignments dropped by rank of choice.
+      left_behind: int32, tokens that no expert worked on.
+      prob_E: float32, sum over tokens of the scores divided by their sum over experts; differentiable.
+      z: float32, sum of logsumexp(logits)^2; differentiable.
+      entropy: float32, sum over tokens of the entropy of those probabilities, in nats.
+    """
+
+    tokens: jax.Array
+    load_E: jax.Array
+    first_E: jax.Array
+    kept_E: jax.Array
+    dropped_K: jax.Array
+    left_behind: jax.Array
+    prob_E: jax.Array
+    z: jax.Array
+    entropy: jax.Array
+
+
+def moe_stats(r: RouterInput, routing: Routing, plan: "Plan") -> MoeStats:
+    """Statistics of one layer from what its router saw, said, and what fitted."""
+    num_tokens, num_experts = routing.scores_TE.shape
+    choices = max(1, routing.token_N.shape[0] // num_tokens)
+    assigned_N = (routing.expert_N < num_experts).astype(jnp.int32)
+    kept_N = (plan.expert_N < num_experts).astype(jnp.int32)
+
+    def count(index_N: jax.Array, what_N: jax.Array, length: int) -> jax.Array:
+        return jnp.zeros(length, jnp.int32).at[index_N].add(what_N, mode="drop")
+
+    scores_TE = jnp.where(r.valid_T[:, None], routing.scores_TE, 0.0)
+    total_T = scores_TE.sum(-1, keepdims=True)
+    prob_TE = scores_TE / jnp.where(total_T > 0, total_T, 1.0)
+    fixed_TE = jax.lax.stop_gradient(prob_TE)
+    entropy_TE = -fixed_TE * jnp.log(jnp.where(fixed_TE > 0, fixed_TE, 1.0))
+    z_T = jnp.square(jax.nn.logsumexp(r.logits_TE, axis=-1))
+    kept_T = count(routing.token_N, kept_N, num_tokens)
+    return MoeStats(
+        tokens=r.valid_T.sum(dtype=jnp.int32),
+        load_E=count(routing.expert_N, assigned_N, num_experts),
+        first_E=count(routing.expert_N, assigned_N * (routing.choice_N == 0), num_experts),
+        kept_E=plan.load_E,
+        dropped_K=count(routing.choice_N, assigned_N - kept_N, choices),
+        left_behind=jnp.sum(r.valid_T & (kept_T == 0), dtype=jnp.int32),
+        prob_E=prob_TE.sum(0),
+        z=jnp.where(r.valid_T, z_T, 0.0).sum(),
+        entropy=entropy_TE.sum(),
+    )
+
+
+def max_vio(load_E: jax.Array) -> jax.Array:
+    """Maximal violation max n / mean n - 1 over the last axis; 0 at balance (Wang et al. 2024, eq. 4)."""
+    load_E = load_E.astype(jnp.float32)
+    return load_E.max(-1) / jnp.maximum(load_E.mean(-1), 1e-9) - 1.0
+
+
+def coefficient_of_variation(load_E: jax.Array) -> jax.Array:
+    """Population standard deviation over mean, over the last axis; 0 at balance."""
+    load_E = load_E.astype(jnp.float32)
+    return load_E.std(-1) / jnp.maximum(load_E.mean(-1), 1e-9)
+
+
+def normalised_entropy(load_E: jax.Array) -> jax.Array:
+    """Entropy of the load over ln E, over the last axis: 1 at balance, 0 when one expert has all."""
+    load_E = load_E.astype(jnp.float32)
+    share_E = load_E / jnp.maximum(load_E.sum(-1, keepdims=True), 1e-9)
+    entropy = -(share_E * jnp.log(jnp.where(share_E > 0, share_E, 1.0))).sum(-1)
+    return entropy / jnp.log(max(2, load_E.shape[-1]))
+
+
+def figures(stats: MoeStats) -> dict[str, jax.Array]:
+    """The figures that a training log shows, from statistics with a leading layer axis [L, ...].
+
+    Returns:
+      max_vio, load_entropy, router_entropy, dead: means over layers; busiest: the share of its layer's
+      tokens that the busiest expert of all gets; drop, left_behind: shares over all layers; drop_k [K]: the share of each rank of choice that was dropped, per valid token; load_LE:
+      each layer's share of assignments per expert.
+    """
+    num_experts = stats.load_E.shape[-1]
+    assigned = jnp.maximum(stats.load_E.sum(), 1)
+    layer_tokens = jnp.maximum(stats.tokens.sum(), 1)
+    load_L = jnp.maximum(stats.load_E.sum(-1, keepdims=True), 1)
+    return {
+        "max_vio": max_vio(stats.load_E).mean(),
+        "load_entropy": normalised_entropy(stats.load_E).mean(),
+        "router_entropy": (stats.entropy / jnp.maximum(stats.tokens, 1)).mean()
+        / jnp.log(max(2, num_experts)),
+        "busiest": (stats.load_E.max(-1) / jnp.maximum(stats.tokens, 1)).max(),
+        "dead": (stats.load_E == 0).mean(dtype=jnp.float32),
+        "drop": (assigned - stats.kept_E.sum()) / assigned,
+        "drop_k": stats.dropped_K.sum(0) / layer_tokens,
+        "left_behind": stats.left_behind.sum() / layer_tokens,
+        "load_LE": stats.load_E / load_L,
+    }

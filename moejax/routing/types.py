@@ -1,0 +1,94 @@
+"""The two contracts of a router: what it is given, and what it returns.
+
+A routing is a sparse tokens x experts matrix in coordinate form, so that token choice, expert choice,
+hashing and assignment are one type, and one dispatcher, one set of metrics and one viewer serve them all.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class RouterInput(NamedTuple):
+    """Everything a router may look at. A router ignores the fields it has no use for.
+
+    Attributes:
+      logits_TE: float32, the router's matmul over the token's vector.
+      valid_T: bool, True = a real token. Others get no expert, no capacity, no loss, no load.
+      key: a PRNG key in training, None in evaluation; None means no noise.
+      state: what the router carries between steps (`loss_free`: bias_E), None for most.
+      token_T: int32 vocabulary ids, for routers that hash them.
+    """
+
+    logits_TE: jax.Array
+    valid_T: jax.Array
+    key: jax.Array | None = None
+    state: Any = None
+    token_T: jax.Array | None = None
+
+
+class Routing(NamedTuple):
+    """Assignments of tokens to experts. Their order is their priority when an expert is full.
+
+    A pair (token, expert) stands in it at most once.
+
+    Attributes:
+      token_N: int32, the row: which token ...
+      expert_N: int32, ... goes to which expert; num_experts means nowhere.
+      weight_N: float32, how much the expert's output counts; carries the router's gradient.
+      choice_N: int32, which of its token's choices this is (0 = first), for metrics only.
+      scores_TE: float32 affinities, without noise or bias, for losses and metrics.
+    """
+
+    token_N: jax.Array
+    expert_N: jax.Array
+    weight_N: jax.Array
+    choice_N: jax.Array
+    scores_TE: jax.Array
+
+
+RouterFn = Callable[[RouterInput], Routing]
+
+
+def token_choice(
+    r: RouterInput,
+    expert_TK: jax.Array,
+    weight_TK: jax.Array,
+    scores_TE: jax.Array,
+    order: str = "k_major",
+) -> Routing:
+    """Every token lists K experts, best first.
+
+    Args:
+      r: the router's input; its invalid tokens go nowhere.
+      expert_TK: int32; an entry equal to E goes nowhere.
+      weight_TK: float32.
+      scores_TE: float32.
+      order: who goes first when an expert is full. 'k_major': all first choices, then all second ones
+        (GShard); 'token_major': all choices of token 0, then of token 1.
+
+    Raises:
+      ValueError: unknown order.
+    """
+    num_tokens, k = expert_TK.shape
+    num_experts = scores_TE.shape[-1]
+    expert_TK = jnp.where(r.valid_T[:, None], expert_TK, num_experts)
+    weight_TK = jnp.where(expert_TK < num_experts, weight_TK, 0.0)
+    token_TK, choice_TK = jnp.indices((num_tokens, k), jnp.int32)
+    columns = (token_TK, expert_TK.astype(jnp.int32), weight_TK, choice_TK)
+    if order == "k_major":
+        flat = [a.T.reshape(-1) for a in columns]
+    elif order == "token_major":
+        flat = [a.reshape(-1) for a in columns]
+    else:
+        raise ValueError(f"unknown order {order!r}: use 'k_major' or 'token_major'")
+    return Routing(flat[0], flat[1], flat[2], flat[3], scores_TE)
+
+
+def combine_TE(routing: Routing) -> jax.Array:
+    """The routing as the dense float32 [T, E] matrix of weights, for tests and notebooks."""
+    return jnp.zeros_like(routing.scores_TE).at[routing.token_N, routing.expert_N].add(
+        routing.weight_N, mode="drop"
+    )

@@ -1,0 +1,122 @@
+"""The mesh and the one table that says how each kind of array lies on it.
+
+Axes: `data` and `fsdp` and `expert` cut the batch; `fsdp` and `tensor` cut weights; `expert` cuts experts.
+A rule that does not apply is an error that names both numbers, never a silent copy.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax.config import MeshConfig
+
+BATCH_AXES = ("data", "fsdp", "expert")
+
+SHARDINGS: dict[str, P] = {
+    "embed_VD": P("tensor", "fsdp"),
+    "unembed_DV": P("fsdp", "tensor"),
+    "scale_D": P(),
+    "w_query_DHA": P("fsdp", "tensor", None),
+    "w_key_DGA": P("fsdp", "tensor", None),
+    "w_value_DGA": P("fsdp", "tensor", None),
+    "w_out_HAD": P("tensor", None, "fsdp"),
+    "w_in_DF": P("fsdp", "tensor"),
+    "w_gate_DF": P("fsdp", "tensor"),
+    "w_out_FD": P("tensor", "fsdp"),
+    "w_router_DE": P(),
+    "w_in_EDF": P("expert", "fsdp", "tensor"),
+    "w_gate_EDF": P("expert", "fsdp", "tensor"),
+    "w_out_EFD": P("expert", "tensor", "fsdp"),
+    "batch_B": P(BATCH_AXES),
+}
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of a config over the given devices (default: all).
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config, axis) for axis in ("data", "fsdp", "expert", "tensor")}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if -1 in sizes.values():
+        if len(devices) % fixed:
+            raise ValueError(f"mesh {sizes}: {len(devices)} devices are not divisible by {fixed}")
+        sizes = {a: len(devices) // fixed if s == -1 else s for a, s in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(
+            f"mesh {sizes} needs {math.prod(sizes.values())} devices, there are {len(devices)}"
+        )
+    grid = np.array(devices).reshape(tuple(sizes.values()))
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def check_batch(batch: int, mesh: Mesh) -> None:
+    """Raises ValueError where the batch axes of the mesh do not divide the (micro)batch."""
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch % parts:
+        raise ValueError(
+            f"batch {batch} is not divisible by data x fsdp x expert = {parts} of mesh "
+            f"{dict(mesh.shape)}; change data.batch, train.accumulation or mesh"
+        )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of any array whose first axis is the batch."""
+    return NamedSharding(mesh, SHARDINGS["batch_B"])
+
+
+def param_shardings(params: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each parameter, looked up by the last part of its path.
+
+    Parameters with more axes than their rule are stacked over layers; that axis stays whole.
+
+    Raises:
+      KeyError: a parameter without a rule.
+      ValueError: a mesh axis that does not divide the dimension it should cut.
+    """
+    return jax.tree.map_with_path(lambda path, leaf: _sharding(path, leaf, mesh), params)
+
+
+def state_shardings(state: Any, params: Any, mesh: Mesh) -> Any:
+    """Shardings of an optimizer state: moments lie like their parameter, all else is replicated.
+
+    A moment is recognised by ending in the path and having the shape of a parameter.
+    """
+    flat = jax.tree.leaves_with_path(params)
+    like = {(_names(path), leaf.shape): _sharding(path, leaf, mesh) for path, leaf in flat}
+    names = {name for name, _ in like}
+
+    def lookup(path: Any, leaf: Any) -> NamedSharding:
+        keys = _names(path)
+        for start in range(len(keys)):
+            if keys[start:] in names:
+                return like.get((keys[start:], leaf.shape), NamedSharding(mesh, P()))
+        return NamedSharding(mesh, P())
+
+    return jax.tree.map_with_path(lookup, state)
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+
+
+def _sharding(path: Any, leaf: Any, mesh: Mesh) -> NamedSharding:
+    name = _names(path)[-1]
+    if name not in SHARDINGS:
+        raise KeyError(f"parameter {'/'.join(_names(path))} has no rule in SHARDINGS")
+    rule = SHARDINGS[name]
+    axes = name.rpartition("_")[2]
+    stacked = leaf.ndim - len(axes)
+    spec = P(*(None,) * stacked, *rule)
+    for letter, axis, size in zip(axes, rule, leaf.shape[stacked:], strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            raise ValueError(
+                f"{name}: {letter}={size} is not divisible by mesh axis {axis}={mesh.shape[axis]}"
+            )
+    return NamedSharding(mesh, spec)

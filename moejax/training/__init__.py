@@ -1,0 +1,1 @@
+"""Training: one pure step, one boring loop, and what they write to disk."""

@@ -1,0 +1,85 @@
+"""Held-out text: bits per byte by domain, and the routing over the whole evaluation set."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.data import TextDataset
+from moejax.model.size import choices
+from moejax.config import Config
+from moejax.routing.floors import max_vio_floor
+from moejax.routing.metrics import figures
+from moejax.training.program import Program
+from moejax.training.state import TrainState
+from moejax.training.step import EvalSums
+
+
+def evaluate(
+    config: Config, program: Program, state: TrainState, dataset: TextDataset
+) -> dict[str, Any]:
+    """One evaluation record.
+
+    Returns:
+      bpb: bits per byte of text, over all domains; bpb_domain; tokens; and for a model with experts
+      max_vio_global (loads summed over the whole set), its floor under random routing, drop,
+      left_behind, dead, load_LE. bpb_as_trained where training lets tokens compete in other groups.
+    """
+    rows = config.train.eval_rows
+    batches = [
+        program.put(batch)
+        for batch in dataset.validation_batches(
+            batch=config.data.batch,
+            limit_rows=rows,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+    ]
+    sums = _total(program.eval_step, state, batches, dataset.bytes_V)
+    record = {
+        "bpb": _bits_per_byte(sums.nll_domain.sum(), sums.bytes_domain.sum()),
+        "bpb_domain": {
+            name: _bits_per_byte(nll, size)
+            for name, nll, size in zip(
+                dataset.domains, sums.nll_domain, sums.bytes_domain, strict=True
+            )
+            if size
+        },
+        "tokens": int(sums.tokens),
+    }
+    if sums.stats is not None:
+        routing = figures(sums.stats)
+        record |= {key: routing[key] for key in ("drop", "left_behind", "dead", "load_LE")}
+        record["max_vio_global"] = routing["max_vio"]
+        record["max_vio_floor"] = max_vio_floor(
+            record["tokens"], config.moe.experts, round(choices(config))
+        )
+    if program.eval_as_trained is not None:
+        pooled = _total(program.eval_as_trained, state, batches, dataset.bytes_V)
+        record["bpb_as_trained"] = _bits_per_byte(
+            pooled.nll_domain.sum(), pooled.bytes_domain.sum()
+        )
+    return record
+
+
+def _total(
+    step: Callable[..., EvalSums],
+    state: TrainState,
+    batches: Iterable[Any],
+    bytes_V: np.ndarray,
+) -> EvalSums:
+    """The sums over all batches, on the host, in double precision and 64-bit integers."""
+    table = jnp.asarray(bytes_V, jnp.float32)
+    total: Any = None
+    for batch in batches:
+        sums = jax.device_get(step(state.params, state.router_state, batch, table))
+        wide = jax.tree.map(lambda a: np.asarray(a, np.result_type(a.dtype, np.int64)), sums)
+        total = wide if total is None else jax.tree.map(np.add, total, wide)
+    return total
+
+
+def _bits_per_byte(nats: float, size: float) -> float:
+    return float(nats) / (math.log(2) * float(size))

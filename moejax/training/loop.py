@@ -1,0 +1,234 @@
+"""The loop: data, step, log, evaluate, save. Everything interesting is in `step.py`."""
+
+import contextlib
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moejax.config import Config
+from moejax.data import TextDataset, open_dataset
+from moejax.model.size import choices
+from moejax.training.checkpoint import Checkpoints, claim
+from moejax.training.evaluate import evaluate
+from moejax.training.hardware import device_name, peak_flops
+from moejax.training.meter import Meter
+from moejax.training.optimizer import make_schedule
+from moejax.training.program import Program, build_program
+from moejax.training.records import Progress, Records, read_records
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT: the run saved its state and can be resumed by the same command."""
+
+
+def train(config: Config, workdir: Path, *, label: str = "step", quiet: bool = False) -> dict[str, Any]:
+    """Train a config to its last step in `workdir`, from its newest checkpoint if there is one.
+
+    Returns:
+      The contents of summary.json.
+
+    Raises:
+      ValueError: a workdir of another run, or a mesh or batch that does not fit.
+      NonFiniteLoss: the loss is NaN or infinite.
+      Stopped: after SIGTERM or SIGINT, with everything saved.
+    """
+    started = time.perf_counter()
+    workdir = Path(workdir)
+    progress = Progress(label, config.train.steps, quiet)
+    make_schedule(config.optimizer, config.train.steps)  # refuses before data is prepared
+    dataset = open_dataset(config.data, progress=not quiet)
+    claim(workdir, config)
+    program = build_program(config, dataset.vocab_size, len(dataset.domains))
+    run = _Run(config, workdir, dataset, program, progress)
+    try:
+        with _interruptible() as interrupted:
+            run.loop(interrupted)
+    finally:
+        run.close()
+    return run.finish(time.perf_counter() - started)
+
+
+class _Run:
+    """One attempt at a run: its state, and the files it writes."""
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        dataset: TextDataset,
+        program: Program,
+        progress: Progress,
+    ) -> None:
+        self.config, self.workdir, self.dataset = config, workdir, dataset
+        self.program, self.progress = program, progress
+        self.checkpoints = Checkpoints(workdir, config.train.keep)
+        saved: dict[str, Any] = {"seconds": 0.0, "bpb": None}
+        if self.checkpoints.latest is None:
+            self.state = program.init(config.train.seed)
+        else:
+            self.state, saved = self.checkpoints.restore(program.abstract_state)
+            progress.say(f"resumed from step {int(self.state.step)}")
+        self.bpb: float | None = saved["bpb"]
+        self.records = Records(workdir, int(self.state.step))
+        tokens = config.data.batch * config.data.sequence
+        self.meter = Meter(tokens, tokens * program.size.flops, peak_flops(), saved["seconds"])
+        self.schedule = make_schedule(config.optimizer, config.train.steps)
+        _write_json(workdir / "run.json", provenance(config, dataset, program))
+
+    def loop(self, interrupted: list[int]) -> None:
+        every, last = self.config.train, self.config.train.steps
+        first = int(self.state.step) + 1
+        batches = self.dataset.train_batches(
+            int(self.state.position),
+            seed=every.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        for step, (batch, position) in zip(range(first, last + 1), batches, strict=False):
+            self.state, metrics = self.program.train_step(self.state, self.program.put(batch))
+            self.meter.push(step, position, metrics)
+            if _due(step, every.log_every, last):
+                self.log(step)
+            if _due(step, every.eval_every, last):
+                self.evaluate(step)
+            if _due(step, every.checkpoint_every, last) or interrupted:
+                self.save()
+            if interrupted and step < last:
+                raise Stopped(f"saved at step {step} of {last}; the same command resumes")
+
+    def log(self, step: int) -> None:
+        if step == self.config.train.steps:
+            self.meter.flush()
+        config, schedule = self.config, self.schedule
+        record = self.meter.record(step, float(schedule(step - 1)))
+        self.records.write(record)
+        left = self.meter.seconds / step * (config.train.steps - step)
+        self.progress.show(record, left)
+        if config.moe.experts:
+            share, experts = config.train.collapse_share, config.moe.experts
+            if message := self.meter.alarm(record, share, choices(config), experts):
+                self.records.write({"kind": "alarm", "step": step, "message": message})
+                self.progress.say(f"warning: {message}")
+
+    def evaluate(self, step: int) -> None:
+        self.meter.flush()
+        record = evaluate(self.config, self.program, self.state, self.dataset)
+        self.bpb = record["bpb"]
+        self.records.write({"kind": "eval", "step": step, "seconds": self.meter.seconds, **record})
+
+    def save(self) -> None:
+        self.meter.flush()  # a loss that is not finite stops here, before it is saved
+        self.checkpoints.save(self.state, {"seconds": self.meter.seconds, "bpb": self.bpb}, self.bpb)
+
+    def close(self) -> None:
+        self.checkpoints.close()
+        self.records.close()
+
+    def finish(self, wall_seconds: float) -> dict[str, Any]:
+        records = read_records(self.workdir / "metrics.jsonl")
+        steps = self.config.train.steps
+        tail = [r for r in records if r["kind"] == "train" and r["step"] > 0.9 * steps]
+        summary = {
+            "step": steps,
+            "seconds": self.meter.seconds,
+            "bpb": self.bpb,
+            "eval": [r for r in records if r["kind"] == "eval"][-1],
+            "train": _mean(tail),
+            "compile_seconds": self.program.compile_seconds,
+            "wall_seconds": wall_seconds,
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        _write_json(self.workdir / "summary.json", summary)
+        return summary
+
+
+def provenance(config: Config, dataset: TextDataset, program: Program) -> dict[str, Any]:
+    """What a result must be read with: sizes, versions, device, commit, data."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    return {
+        "params": {"total": program.size.total, "active": program.size.active},
+        "flops_per_token": program.size.flops,
+        "moe_layers": config.moe_layers,
+        "leaks": config.leaks,
+        "tokens_per_step": config.data.batch * config.data.sequence,
+        "versions": {
+            "python": sys.version.split()[0],
+            "moejax": metadata.version("moejax") if _installed("moejax") else "source",
+            **{name: metadata.version(name) for name in packages},
+        },
+        "device": device_name(),
+        "commit": _commit(),
+        "data": {
+            "name": config.data.name,
+            "fingerprint": dataset.fingerprint,
+            "domains": list(dataset.domains),
+            "sizes": dataset.sizes,
+        },
+    }
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT append to; the second one of either kills as usual."""
+    received: list[int] = []
+
+    def handler(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for number in before:
+            signal.signal(number, handler)
+    except ValueError:  # not the main thread (a notebook's kernel): no signals there
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _mean(records: list[dict[str, Any]]) -> dict[str, Any]:
+    numbers = [k for k, v in records[-1].items() if isinstance(v, int | float) and k != "step"]
+    return {key: sum(r[key] for r in records) / len(records) for key in numbers}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2))
+    partial.replace(path)
+
+
+def _installed(package: str) -> bool:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return bool(metadata.version(package))
+    return False
+
+
+def _commit() -> str:
+    """The source's git commit, '+' where the tree has changes; 'unknown' outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,60 @@
+"""Optimizers and learning-rate schedules, from optax."""
+
+import jax
+import optax
+
+from moejax.config import OptimizerConfig
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by optimizer step: linear warm-up to the peak, then the named decay.
+
+    cosine and wsd end at final_fraction x peak at `steps`; rsqrt follows peak x sqrt(warmup / step).
+
+    Raises:
+      ValueError: a warm-up that does not end before the run does.
+    """
+    peak, warmup = config.learning_rate, config.warmup
+    if warmup >= steps:
+        raise ValueError(f"optimizer.warmup={warmup} must end before train.steps={steps}")
+    rest, final = steps - warmup, config.final_fraction * peak
+    decay = max(1, round(config.decay_fraction * steps))
+    after: optax.Schedule
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, config.final_fraction)
+    elif config.schedule == "rsqrt":
+        start = max(1, warmup)
+        after = lambda step: peak * (start / (start + step)) ** 0.5  # noqa: E731
+    elif config.schedule == "wsd":
+        after = optax.linear_schedule(peak, final, decay, transition_begin=max(0, rest - decay))
+    else:
+        after = optax.constant_schedule(peak)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW or Adafactor; weight decay on matrices only."""
+    schedule = make_schedule(config, steps)
+    if config.name == "adamw":
+        update = optax.adamw(
+            schedule,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=_matrices,
+        )
+    else:
+        update = optax.adafactor(
+            schedule,
+            weight_decay_rate=config.weight_decay or None,
+            weight_decay_mask=_matrices,
+            multiply_by_parameter_scale=True,
+        )
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    return optax.chain(clip, update)
+
+
+def _matrices(params: optax.Params) -> optax.Params:
+    """True for weights, False for norm scales, whatever layer axis is stacked in front."""
+    return jax.tree.map_with_path(lambda path, _: path[-1].key != "scale_D", params)

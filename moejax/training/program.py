@@ -1,0 +1,118 @@
+"""A run's compiled functions. Runs that differ only in seed share one program, and one compilation."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from moejax.config import Config
+from moejax.data import Batch
+from moejax.model.size import Size, model_size
+from moejax.sharding import batch_sharding, check_batch, make_mesh
+from moejax.training.optimizer import make_optimizer
+from moejax.training.state import TrainState, init_state, make_graph, shardings
+from moejax.training.step import EvalSums, eval_step, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a loop calls.
+
+    Attributes:
+      init: seed -> the state at step 0, born sharded.
+      train_step: (state, batch) -> (state, metrics); the old state's buffers are reused.
+      eval_step: (params, router_state, batch, bytes_V) -> EvalSums, as evaluation routes.
+      eval_as_trained: the same, routed in the groups of training; None where they are the same.
+      abstract_state: shapes, dtypes and shardings of the state.
+      size: of the model.
+      compile_seconds: that it took to compile the training step.
+    """
+
+    init: Callable[[int], TrainState]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+    eval_step: Callable[..., EvalSums]
+    eval_as_trained: Callable[..., EvalSums] | None
+    abstract_state: TrainState
+    mesh: Mesh
+    size: Size
+    compile_seconds: float
+
+    def put(self, batch: Batch) -> Batch:
+        """This process's rows as part of the global batch on the devices."""
+        sharding = batch_sharding(self.mesh)
+        return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), batch)
+
+
+def build_program(config: Config, vocab_size: int, num_domains: int) -> Program:
+    """The compiled program of a config.
+
+    Raises:
+      ValueError: the mesh does not fit the devices, the batch or a weight.
+    """
+    seedless = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0))
+    return _build(seedless, vocab_size, num_domains)
+
+
+@functools.lru_cache(maxsize=16)
+def _build(config: Config, vocab_size: int, num_domains: int) -> Program:
+    mesh = make_mesh(config.mesh)
+    check_batch(config.data.batch // config.train.accumulation, mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+
+    init = functools.partial(
+        init_state, config=config, vocab_size=vocab_size, optimizer=optimizer
+    )
+    abstract = jax.eval_shape(init, 0)
+    where = shardings(abstract, mesh)
+    abstract = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where
+    )
+    graph = make_graph(config, vocab_size)
+    step = functools.partial(train_step, graph=graph, config=config, optimizer=optimizer)
+    start = time.perf_counter()
+    compiled = (
+        jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+        .lower(abstract, _abstract_batch(config, batch_sharding(mesh)))
+        .compile()
+    )
+    evaluation, as_trained = _evaluations(config)
+
+    def evaluator(moe_config: Config) -> Callable[..., EvalSums]:
+        eval_graph = make_graph(moe_config, vocab_size)
+        return jax.jit(functools.partial(eval_step, graph=eval_graph, domains=num_domains))
+
+    return Program(
+        init=jax.jit(init, out_shardings=where),
+        train_step=compiled,
+        eval_step=evaluator(evaluation),
+        eval_as_trained=evaluator(as_trained) if as_trained else None,
+        abstract_state=abstract,
+        mesh=mesh,
+        size=model_size(config, vocab_size),
+        compile_seconds=time.perf_counter() - start,
+    )
+
+
+def _evaluations(config: Config) -> tuple[Config, Config | None]:
+    """The config as evaluation routes, and, where it groups tokens otherwise, as training did."""
+    evaluation = dataclasses.replace(config, moe=config.moe.evaluation())
+    if evaluation.moe.groups == config.moe.groups:
+        return evaluation, None
+    as_trained = dataclasses.replace(evaluation.moe, groups=config.moe.groups)
+    return evaluation, dataclasses.replace(config, moe=as_trained)
+
+
+def _abstract_batch(config: Config, sharding: NamedSharding) -> Batch:
+    rows, sequence = config.data.batch, config.data.sequence
+
+    def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    tokens = array((rows, sequence))
+    return Batch(tokens, tokens, tokens, tokens, array((rows, sequence), np.bool_), array((rows,)))

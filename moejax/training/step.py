@@ -1,0 +1,127 @@
+"""The pure functions of training: loss, one optimizer step, one evaluation batch."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from moejax.config import Config
+from moejax.data import Batch
+from moejax.routing import MoeStats
+from moejax.routing.balance import balance_losses
+from moejax.routing.metrics import figures
+from moejax.training.state import TrainState
+
+
+class Sums(NamedTuple):
+    """What a (micro)batch adds up to: nats of cross entropy, tokens counted, routing statistics."""
+
+    nll: jax.Array
+    tokens: jax.Array
+    stats: MoeStats | None
+
+
+def forward(
+    params: Any, router_state: Any, batch: Batch, key: jax.Array | None, graph: Any
+) -> tuple[jax.Array, MoeStats | None]:
+    """Cross entropy of each token in nats, nll_BS (0 where not valid), and the routing statistics."""
+    logits_BSV, stats = nnx.merge(graph, params)(
+        batch.tokens_BS,
+        segment_BS=batch.segment_BS,
+        position_BS=batch.position_BS,
+        valid_BS=batch.valid_BS,
+        key=key,
+        router_state=router_state,
+    )
+    nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch.targets_BS)
+    return jnp.where(batch.valid_BS, nll_BS, 0.0), stats
+
+
+def loss_fn(
+    params: Any, router_state: Any, batch: Batch, key: jax.Array, graph: Any, config: Config
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Cross entropy plus weighted balance losses, over the whole batch however it is cut.
+
+    Microbatches are scanned *inside* the differentiated function, each rematerialised, and their sums
+    added before any loss is formed. So a balance loss sees the loads of the global batch, and
+    accumulation changes memory, not the result.
+    """
+    parts = config.train.accumulation
+
+    def microbatch(_: None, xs: tuple[Batch, jax.Array]) -> tuple[None, Sums]:
+        rows, part_key = xs
+        nll_BS, stats = forward(params, router_state, rows, part_key, graph)
+        return None, Sums(nll_BS.sum(), rows.valid_BS.sum(dtype=jnp.int32), stats)
+
+    rows = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
+    body = jax.checkpoint(microbatch) if parts > 1 else microbatch
+    _, sums = jax.lax.scan(body, None, (rows, jax.random.split(key, parts)))
+    sums = jax.tree.map(lambda a: a.sum(0), sums)
+
+    cross_entropy = sums.nll / jnp.maximum(sums.tokens, 1)
+    weights = dict(config.balance)
+    balance = {} if sums.stats is None else balance_losses(sums.stats, weights)
+    loss = cross_entropy + sum(weights[name] * value for name, value in balance.items())
+    routing = {} if sums.stats is None else figures(sums.stats)
+    aux = {"loss": cross_entropy, "balance": balance, "stats": sums.stats, **routing}
+    return loss, aux
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    graph: Any,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One optimizer step: gradients, update, and the next router state from this batch's loads.
+
+    Returns:
+      The next state, and metrics: loss (cross entropy, nats per token), balance (unweighted losses),
+      grad_norm, and the routing `figures`.
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    gradient = jax.grad(loss_fn, has_aux=True)
+    grads, aux = gradient(state.params, state.router_state, batch, key, graph, config)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    stats = aux.pop("stats")
+    router_state = state.router_state
+    if router_state is not None:
+        router_state = jax.vmap(config.router.make().update)(router_state, stats.load_E)
+    next_state = TrainState(
+        step=state.step + 1,
+        position=state.position + batch.tokens_BS.shape[0],
+        key=state.key,
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        router_state=router_state,
+    )
+    return next_state, {**aux, "grad_norm": optax.global_norm(grads)}
+
+
+class EvalSums(NamedTuple):
+    """Sums over evaluation batches, by domain: nats, bytes of text, tokens; and routing statistics."""
+
+    nll_domain: jax.Array
+    bytes_domain: jax.Array
+    tokens: jax.Array
+    stats: MoeStats | None
+
+
+def eval_step(
+    params: Any, router_state: Any, batch: Batch, bytes_V: jax.Array, *, graph: Any, domains: int
+) -> EvalSums:
+    """One evaluation batch, without noise. Rows with domain -1 are padding."""
+    nll_BS, stats = forward(params, router_state, batch, None, graph)
+    bytes_BS = jnp.where(batch.valid_BS, bytes_V[batch.targets_BS], 0.0)
+
+    def by_domain(a_BS: jax.Array) -> jax.Array:
+        one_hot = jax.nn.one_hot(batch.domain_B, domains, dtype=jnp.float32)
+        return a_BS.sum(1) @ one_hot
+
+    return EvalSums(
+        by_domain(nll_BS), by_domain(bytes_BS), batch.valid_BS.sum(dtype=jnp.int32), stats
+    )

@@ -1,0 +1,21 @@
+"""How every test runs: eight simulated devices, no silent broadcasting, the same examples each time."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+from hypothesis import HealthCheck, settings
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+settings.register_profile(
+    "moejax",
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],  # the first example pays for the compiler
+)
+settings.load_profile("moejax")
