@@ -1,6 +1,6 @@
 """Switch Transformer: does top-1 routing with a balance loss train (Fedus et al. 2021, 2101.03961)?
 
-    moejax train --config=experiments/switch.py:smoke --workdir=/tmp/switch
+moejax train --config=experiments/switch.py:smoke --workdir=/tmp/switch
 """
 
 from ml_collections import ConfigDict

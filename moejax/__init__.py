@@ -11,3 +11,39 @@ same letters in lower case.
 """
 
 __version__ = "0.1.0"
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moejax.model import MoE, Transformer
+    from moejax.routing import (
+        ROUTERS,
+        MoeStats,
+        RouterInput,
+        Routing,
+        combine_TE,
+        make_router,
+        token_choice,
+    )
+
+__all__ = [
+    "ROUTERS",
+    "MoE",
+    "MoeStats",
+    "RouterInput",
+    "Routing",
+    "Transformer",
+    "combine_TE",
+    "make_router",
+    "token_choice",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported on first use: `import moejax` alone stays cheap."""
+    import importlib
+
+    if name in __all__:
+        home = "moejax.model" if name in ("MoE", "Transformer") else "moejax.routing"
+        return getattr(importlib.import_module(home), name)
+    raise AttributeError(f"module 'moejax' has no attribute {name!r}")

@@ -2,11 +2,14 @@
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
+
+from moejax.names import did_you_mean
 
 VERBS = {
     "train": "train one config",
@@ -30,19 +33,44 @@ def main() -> None:
         sys.exit(0 if asked and asked[0] in ("-h", "--help", "help") else 2)
     verb = sys.argv.pop(1)
     sys.argv[0] = f"moejax {verb}"
-    with_experiments(sys.argv)
     module = importlib.import_module(f"moejax.{verb}")
     run(module.main)
 
 
 def with_experiments(argv: list[str]) -> None:
-    """A positional experiment becomes --config, and its folder's parent importable."""
+    """A positional experiment becomes --config=, and its folder's parent importable. Edits argv.
+
+    Raises:
+      FileNotFoundError: no such experiment file, with the nearest of its folder.
+    """
+    for i, argument in enumerate(argv[:-1]):
+        if argument in ("--config", "-config"):
+            argv[i : i + 2] = [f"--config={argv[i + 1]}"]
     for i, argument in enumerate(argv[1:], start=1):
-        path = argument.removeprefix("--config=").partition(":")[0]
-        if path.endswith(".py"):
-            sys.path.insert(0, str(Path(path).absolute().parent.parent))
-            if not argument.startswith("-"):
-                argv[i] = f"--config={argument}"
+        path = Path(argument.removeprefix("--config=").partition(":")[0])
+        if path.suffix != ".py":
+            continue
+        if not path.is_file():
+            there = (str(file) for file in sorted(path.parent.glob("*.py")))
+            raise FileNotFoundError(f"no experiment file {path}{did_you_mean(str(path), there)}")
+        sys.path.insert(0, str(path.absolute().parent.parent))
+        if not argument.startswith("-"):
+            argv[i] = f"--config={argument}"
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parse the flags; returns the positional arguments.
+
+    Raises:
+      ValueError: an unknown flag or config key, a value of another type, an experiment that fails.
+    """
+    with_experiments(argv)
+    try:
+        return flags.FLAGS(argv)[1:]
+    except (AttributeError, KeyError) as error:  # ml_collections, of an unknown key
+        raise ValueError(_unknown_key(str(error.args[0]), argv)) from error
+    except (flags.Error, TypeError) as error:
+        raise ValueError(_reason(str(error))) from error
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
@@ -51,12 +79,26 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     MOEJAX_TRACEBACK=1 shows where an error came from.
     """
     try:
-        with_experiments(sys.argv)
-        arguments = flags.FLAGS(sys.argv)
-        sys.exit(main(arguments[1:]) or 0)
-    except (flags.Error, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        sys.exit(main(parse(sys.argv)) or 0)
+    except (ValueError, OSError) as error:
         if os.environ.get("MOEJAX_TRACEBACK"):
             raise
-        message = " ".join(str(error.args[0] if error.args else error).split())
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _unknown_key(text: str, argv: list[str]) -> str:
+    """ml_collections' text as a sentence, with the whole key as it was given."""
+    found = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
+    wrong = found[2] if found else text.strip("\\'\"")
+    given = [match[1] for a in argv if (match := re.match(r"--?config\.([\w.]+)", a))]
+    key = next((key for key in given if wrong in key.split(".")), wrong)
+    parts = [found[1] if found and part == wrong else part for part in key.split(".")]
+    return f"unknown config key {key}" + (f"; did you mean {'.'.join(parts)}?" if found else "")
+
+
+def _reason(text: str) -> str:
+    """The last line of a traceback that absl wrapped into its message, without the exception's name."""
+    if "Traceback (most recent call last)" not in text:
+        return text
+    return re.sub(r"^[\w.]+(Error|Exception): ", "", text.strip().splitlines()[-1])

@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> int:
     for name, config in configs.items():
         claim(out / name, config)
     described = {**suite.to_json(), "experiment": f"{path}:{scale}"}
+    described["command"] = f"moejax compare {path}:{scale}"
     (out / "suite.json").write_text(json.dumps(described, indent=2))
     try:
         train_all(configs, out)

@@ -6,19 +6,28 @@ experiment files edit and the command line overrides, and `Config.from_dict` che
 """
 
 import dataclasses
-import difflib
+import functools
 import math
 import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from moejax.data.config import DataConfig
 from moejax.dispatch import ACTIVATIONS, DISPATCH, GROUPS
-from moejax.routing import BALANCE_LOSSES, Router, hyperparameters, make_router
+from moejax.names import did_you_mean
+from moejax.routing import (
+    BALANCE_LOSSES,
+    Router,
+    RouterInput,
+    hyperparameters,
+    make_router,
+)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -28,9 +37,7 @@ def _require(condition: bool, message: str) -> None:
 
 def _one_of(name: str, value: str, known: Mapping[str, Any] | tuple[str, ...]) -> None:
     if value not in known:
-        near = difflib.get_close_matches(str(value), list(known), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"{name}={value!r} is unknown; {hint}known: {', '.join(known)}")
+        raise ValueError(f"unknown {name} {value!r}{did_you_mean(value, known)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +171,7 @@ class RouterConfig:
     @property
     def k(self) -> int | None:
         """Experts per token as configured, or the router's default; None where it has no such option."""
-        known = hyperparameters(self.name) if isinstance(self.name, str) else {}
-        return {**known, **dict(self.options)}.get("k")
+        return {**hyperparameters(self.name), **dict(self.options)}.get("k")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,8 +226,8 @@ class TrainConfig:
       log_every, eval_every, checkpoint_every: in steps; 0 = at the end only.
       eval_rows: validation sequences per evaluation; 0 = all.
       keep: checkpoints kept, besides the best one by validation bits per byte.
-      collapse_vio: the alarm: warn when a layer's busiest expert gets this share of what it could get
-        at most, for 20 logged steps in a row.
+      collapse_share: the alarm: warn when one expert gets this share of its layer's tokens in three
+        logged steps in a row.
     """
 
     steps: int = 200
@@ -315,12 +321,28 @@ class Config:
                     f"expert_choice with groups={groups!r}: capacity k x tokens / experts = {k} x "
                     f"{size} / {moe.experts} < 1; raise data.batch or router.k, or use fewer experts",
                 )
+        _ = self.choices  # traces the router once, so that what it refuses is refused here
 
     @property
     def moe_layers(self) -> int:
         if not self.moe.experts:
             return 0
         return (self.model.layers - self.moe.first_dense) // self.moe.every
+
+    @functools.cached_property
+    def choices(self) -> float:
+        """Experts per token: assignments over tokens, N / T, of what the router returns; 0 if dense."""
+        experts = self.moe.experts
+        if not experts:
+            return 0.0
+        tokens, router = max(self.data.sequence, experts), self.router.make()
+        r = RouterInput(
+            logits_TE=jax.ShapeDtypeStruct((tokens, experts), jnp.float32),
+            valid_T=jax.ShapeDtypeStruct((tokens,), jnp.bool_),
+            state=jax.eval_shape(lambda: router.init(experts)),
+            token_T=jax.ShapeDtypeStruct((tokens,), jnp.int32),
+        )
+        return jax.eval_shape(router.route, r).token_N.shape[0] / tokens
 
     @property
     def leaks(self) -> bool:
@@ -334,11 +356,11 @@ class Config:
         spec = self.router.make().spec
         if spec is not None and spec.chooses == "expert":
             return True
-        known = hyperparameters(self.router.name) if isinstance(self.router.name, str) else {}
-        order = {**known, **dict(self.router.options)}.get("order", "k_major")
-        factor, k = self.moe.capacity_factor, self.router.k or 1
-        binding = factor is not None and factor < self.moe.experts / k
-        return binding and k > 1 and order == "k_major"
+        options = {**hyperparameters(self.router.name), **dict(self.router.options)}
+        order = options.get("order", "k_major")
+        factor = self.moe.capacity_factor
+        binding = factor is not None and factor * self.choices < self.moe.experts
+        return binding and self.choices > 1 and order == "k_major"
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any] | ConfigDict) -> "Config":
@@ -382,8 +404,8 @@ def default_config() -> ConfigDict:
     return config
 
 
-def router_config(name: str, **options: Any) -> ConfigDict:
-    """The `router` section for one router: its name and all its options, some of them set.
+def router_config(name: str | Callable[..., Any], **options: Any) -> ConfigDict:
+    """The `router` section for one router, by name or as a function: all its options, some set.
 
     Raises:
       ValueError: unknown router or option.
@@ -401,9 +423,10 @@ def _section(section: str, cls: type, values: Mapping[str, Any]) -> Any:
     checked = {}
     for name, value in values.items():
         if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
-            hint = f"did you mean {section}.{near[0]}? " if near else ""
-            raise ValueError(f"unknown key {section}.{name}; {hint}known: {', '.join(hints)}")
+            known = [f"{section}.{key}" for key in hints]
+            raise ValueError(
+                f"unknown config key {section}.{name}{did_you_mean(f'{section}.{name}', known)}"
+            )
         checked[name] = _typed(f"{section}.{name}", _freeze(value), hints[name])
     return cls(**checked)
 

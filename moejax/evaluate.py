@@ -30,15 +30,19 @@ def main(arguments: list[str]) -> int:
 
     dataset = open_dataset(config.data)
     program = build_program(config, dataset.vocab_size, len(dataset.domains))
-    checkpoints = Checkpoints(workdir, config.train.keep)
+    checkpoints = Checkpoints(workdir, read_only=True)
     state, _ = checkpoints.restore(program.abstract_state, STEP.value)
     checkpoints.close()
     record = evaluate(config, program, state, dataset)
-    print(f"step {int(state.step)}: bits per byte {record['bpb']:.4f} on {record['tokens']:,} tokens")
+    print(
+        f"step {int(state.step)}: bits per byte {record['bpb']:.4f} on {record['tokens']:,} tokens"
+    )
     for name, bpb in record["bpb_domain"].items():
         print(f"  {name:<12}{bpb:.4f}")
     if "max_vio_global" in record:
-        print(f"MaxVio {record['max_vio_global']:.3f} (random routing: {record['max_vio_floor']:.3f})")
+        print(
+            f"MaxVio {record['max_vio_global']:.3f} (random routing: {record['max_vio_floor']:.3f})"
+        )
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Tables, plots and verdicts of finished runs: moejax report runs/routers/smoke [DIR ...] [--out=DIR]"""
+"""Tables, plots and verdicts of finished runs: moejax report runs/routers/smoke [DIR ...] [--to=DIR]"""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from moejax.compare import load_suite
 from moejax.reporting import load, write_report
 
 SUITE = flags.DEFINE_string("suite", None, "experiment file:scale with the claims; default: as run")
-REPORT_OUT = flags.DEFINE_string("to", None, "where the report goes; default: the first folder")
+TO = flags.DEFINE_string("to", None, "where the report goes; default: the first folder")
 
 
 def main(arguments: list[str]) -> int:
@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     results = load(*arguments)
     experiment = SUITE.value or results.suite.get("experiment", "")
     path, _, scale = experiment.partition(":")
-    out = Path(REPORT_OUT.value or arguments[0])
+    out = Path(TO.value or arguments[0])
     print(write_report(results, load_suite(path, scale), out))
     print(f"report: {out / 'report.html'}")
     return 0

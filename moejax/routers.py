@@ -13,7 +13,14 @@ _COLUMNS = ("router", "who chooses", "weight", "balance", "options", "paper")
 def rows() -> list[tuple[str, ...]]:
     """One row a router, in the order of ROUTERS."""
     return [
-        (name, spec.chooses, spec.weight, spec.balance, ", ".join(hyperparameters(name)), spec.paper)
+        (
+            name,
+            spec.chooses,
+            spec.weight,
+            spec.balance,
+            ", ".join(hyperparameters(name)),
+            spec.paper,
+        )
         for name, spec in ROUTERS.items()
     ]
 

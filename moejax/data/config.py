@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
+
+from moejax.names import did_you_mean
 
 LOCAL_CORPORA = ("stdlib", "text")  # read from what is installed; never a download
 STANDARD_CORPORA = ("lm1b", "c4", "wikipedia")  # TFDS's own, read from a prepared copy
 SMALLEST_BPE = 258  # 256 bytes, the separator and one merge
 LARGEST_BPE = 2**20
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean 'x'? known: a, b" for an error message about an unknown name."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ";"
-    return f"{hint} known: {', '.join(known)}"
 
 
 @dataclass(frozen=True)

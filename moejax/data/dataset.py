@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from moejax.data import storage
-from moejax.data.config import DataConfig, did_you_mean
+from moejax.data.config import DataConfig
 from moejax.data.corpora import SOURCES
 from moejax.data.packing import Stream, Streams, open_tokenizer, packed
 from moejax.data.prepared import SPLITS, TRAIN, VALIDATION, open_corpora
 from moejax.data.tokenizer import SEPARATOR_TEXT, Tokenizer
 from moejax.data.windows import PADDED_ROW, Batch, Windows, balanced_order
+from moejax.names import did_you_mean
 
 THREADS = 2  # cutting a batch takes well under a millisecond
 PREFETCHED_BATCHES = 8

@@ -16,7 +16,8 @@ from jax import Array, lax
 Activation = Callable[[Array], Array]
 Weights = tuple[Array, ...]  # (w_in_EDF,) or (w_in_EDF, w_gate_EDF)
 
-# An expert takes as many blocks of each size as fit, and rounds up to the last. Each size is compiled once.
+# An expert takes the blocks of each size that fit, largest first, and rounds up to the last.
+# Each size is compiled, so a longer list costs compile time.
 BLOCK_SIZES = (512, 128, 32)
 
 
@@ -30,9 +31,9 @@ def grouped_ffn(
 ) -> Array:
     """Applies expert e's network to its rows: the first load_E[0] rows are expert 0's, and so on.
 
-    With a gate the network is (activation(x w_gate) * (x w_in)) w_out (SwiGLU, arXiv:2002.05202, for
-    silu), without one activation(x w_in) w_out. Rows past sum(load_E) give 0 and no gradient,
-    whatever they hold. Products accumulate in float32, also the weights' gradients.
+    With a gate the network is (activation(x w_gate) * (x w_in)) w_out (for silu it is SwiGLU,
+    arXiv:2002.05202), without one activation(x w_in) w_out. Rows past sum(load_E) give 0 and no
+    gradient, whatever they hold. Products accumulate in float32, also the weights' gradients.
 
     Args:
         rows_ND: inputs, sorted by expert.
@@ -46,7 +47,22 @@ def grouped_ffn(
         Outputs [N, D] in the dtype of the rows.
     """
     ins = (w_in_EDF,) if w_gate_EDF is None else (w_in_EDF, w_gate_EDF)
-    return _ffn(activation, rows_ND, ins, w_out_EFD, load_E)
+    return _ffn(activation, *_vary_alike((rows_ND, ins, w_out_EFD, load_E)))
+
+
+def _axes(a: Array) -> frozenset[str]:
+    return jax.typeof(a).manual_axis_type.varying
+
+
+def _vary_alike(tree: Any) -> Any:
+    # Inside shard_map: the gradient of weights that several shards of rows share is summed.
+    axes = frozenset[str]().union(*map(_axes, jax.tree.leaves(tree)))
+
+    def vary(a):
+        missing = tuple(axes - _axes(a))
+        return lax.pcast(a, missing, to="varying") if missing else a
+
+    return jax.tree.map(vary, tree)
 
 
 def _hidden(activation: Activation, x_in: Array, x_gate: Array | None = None) -> Array:
@@ -59,7 +75,7 @@ def _ffn(activation: Activation, rows_ND: Array, ins: Weights, w_out_EFD: Array,
 
 
 def _forward(activation: Activation, rows_ND: Array, ins: Weights, w_out_EFD: Array, load_E: Array):
-    # The choice of platform stands inside the two rules, so that neither path keeps the other's residuals.
+    # Chosen inside the two rules: around them, each path would keep the other's residuals.
     args = rows_ND, ins, w_out_EFD, load_E
     y_ND, pre = lax.platform_dependent(
         *args, cpu=partial(_block_forward, activation), default=partial(_ragged_forward, activation)
@@ -103,7 +119,7 @@ def _ragged_backward(activation, dy_ND, rows_ND, ins, w_out_EFD, load_E, pre):
     x_ND, dy_ND = _zero_tail(rows_ND, load_E), _zero_tail(dy_ND, load_E)
     hidden, hidden_vjp = jax.vjp(partial(_hidden, activation), *pre)
     dhidden, dw_out_EFD = transposed(hidden, w_out_EFD, dy_ND)
-    dx, dins = zip(*(transposed(x_ND, w, d) for w, d in zip(ins, hidden_vjp(dhidden))))
+    dx, dins = zip(*map(partial(transposed, x_ND), ins, hidden_vjp(dhidden)), strict=True)
     return _zero_tail(sum(dx), load_E), dins, dw_out_EFD
 
 
@@ -111,7 +127,7 @@ def _ragged_backward(activation, dy_ND, rows_ND, ins, w_out_EFD, load_E, pre):
 
 
 class _Block(NamedTuple):
-    """Rows start .. start + B of a sorted array, of which those that `keep` marks are the expert's."""
+    """Rows start .. start + B of a sorted array; `keep` marks those that are the expert's."""
 
     start: Array
     keep_B1: Array
@@ -127,21 +143,21 @@ class _Block(NamedTuple):
 
 
 def _block(first: Array, end: Array, size: int, num_rows: int) -> _Block:
-    start = jnp.minimum(first, num_rows - size)  # a slice past the end of the array would be moved silently
+    start = jnp.minimum(first, num_rows - size)  # else the slice would be moved silently
     row_B = start + jnp.arange(size)
     return _Block(start, ((first <= row_B) & (row_B < end))[:, None])
 
 
 def _fold_blocks(expert: Callable, carry: Any, load_E: Array, num_rows: int) -> Any:
-    """Equivalent to: for e in range(E): for block in expert e's rows: carry = expert(e)(block, carry)."""
+    """Equivalent to: for e in range(E): for block of e's rows: carry = expert(e)(block, carry)."""
     end_E = jnp.cumsum(load_E)
     sizes = [min(size, num_rows) for size in BLOCK_SIZES]
 
     def visit(e, carry):
         step, first, end = expert(e), end_E[e] - load_E[e], end_E[e]
         for size in sizes:
-            # A block that lacks less than an eighth of its rows is cheaper than smaller ones.
-            slack = size - 1 if size == sizes[-1] else size // 8
+            # Any block costs about 30 rows more than its own: nearly full beats several small ones.
+            slack = size - 1 if size == sizes[-1] else size // 4
             count = jnp.maximum(end - first + slack, 0) // size
 
             def at(b, carry, first=first, size=size):
@@ -158,7 +174,7 @@ def _dot(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def _add_at(sum_E: Array, e: Array, new: Array) -> Array:
+def _add_at(e: Array, sum_E: Array, new: Array) -> Array:
     new = lax.dynamic_index_in_dim(sum_E, e, keepdims=False) + new
     return lax.dynamic_update_index_in_dim(sum_E, new, e, 0)
 
@@ -176,8 +192,8 @@ def _block_forward(activation, rows_ND, ins, w_out_EFD, load_E):
 
         return step
 
-    num_rows, dtype = len(rows_ND), rows_ND.dtype
-    pre = tuple(jnp.zeros((num_rows, w.shape[2]), dtype) for w in ins)
+    num_rows = len(rows_ND)
+    pre = tuple(jnp.zeros_like(rows_ND, shape=(num_rows, w.shape[2])) for w in ins)
     return _fold_blocks(expert, (jnp.zeros_like(rows_ND), pre), load_E, num_rows)
 
 
@@ -191,19 +207,14 @@ def _block_backward(activation, dy_ND, rows_ND, ins, w_out_EFD, load_E, pre):
             hidden_BF, hidden_vjp = jax.vjp(partial(_hidden, activation), *map(block.read, pre))
             dhidden_BF = _dot("bd,fd->bf", dy_BD, w_out_FD).astype(hidden_BF.dtype)
             dpre = hidden_vjp(dhidden_BF)
-            dx_BD = sum(_dot("bf,df->bd", d, w) for d, w in zip(dpre, ins_e))
-            dins = tuple(_add_at(dw, e, _dot("bd,bf->df", x_BD, d)) for dw, d in zip(dins, dpre))
-            dw_out_EFD = _add_at(dw_out_EFD, e, _dot("bf,bd->fd", hidden_BF, dy_BD))
+            dx_BD = sum(map(partial(_dot, "bf,df->bd"), dpre, ins_e))
+            dins_e = map(partial(_dot, "bd,bf->df", x_BD), dpre)
+            dins = tuple(map(partial(_add_at, e), dins, dins_e))
+            dw_out_EFD = _add_at(e, dw_out_EFD, _dot("bf,bd->fd", hidden_BF, dy_BD))
             return block.write(dx_ND, dx_BD), dins, dw_out_EFD
 
         return step
 
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), (ins, w_out_EFD))
+    zeros = jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), (ins, w_out_EFD))
     carry = _fold_blocks(expert, (jnp.zeros_like(rows_ND), *zeros), load_E, len(rows_ND))
     return jax.tree.map(lambda d, a: d.astype(a.dtype), carry, (rows_ND, ins, w_out_EFD))
-
-
-def grouped_matmul(rows_ND: Array, w_EDF: Array, load_E: Array) -> Array:
-    """One product per expert, [N, D] to [N, F]; rows past sum(load_E) give 0 and no gradient."""
-    x_ND = _zero_tail(rows_ND, load_E)
-    return _zero_tail(lax.ragged_dot(x_ND, w_EDF, load_E), load_E)

@@ -96,9 +96,7 @@ def capacity(factor: float | None, assignments: int, num_experts: int, tokens: i
     return min(math.ceil(round(factor * assignments / num_experts, 9)), most)
 
 
-def make_plan(
-    routing: Routing, capacity_factor: float | None, groups: int = 1
-) -> Plan:
+def make_plan(routing: Routing, capacity_factor: float | None, groups: int = 1) -> Plan:
     """Walk each group's assignments in order; each takes the next slot of its expert while one is free.
 
     Args:
@@ -118,8 +116,10 @@ def make_plan(
     order_N = jnp.argsort(bucket_N, stable=True).astype(jnp.int32)
     sizes = jnp.zeros(num_experts * groups + 1, jnp.int32).at[bucket_N].add(1)
     start = jnp.cumsum(sizes) - sizes
-    rank_N = jnp.zeros(num, jnp.int32).at[order_N].set(
-        jnp.arange(num, dtype=jnp.int32) - start[bucket_N[order_N]], unique_indices=True
+    rank_N = (
+        jnp.zeros(num, jnp.int32)
+        .at[order_N]
+        .set(jnp.arange(num, dtype=jnp.int32) - start[bucket_N[order_N]], unique_indices=True)
     )
     keep_N = (routing.expert_N < num_experts) & (rank_N < room)
     kept = jnp.minimum(sizes[:-1], room).reshape(num_experts, groups)

@@ -1,15 +1,13 @@
 """How big a model is: parameters, active parameters, and the FLOPs that a token costs."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from moejax.config import Config
 from moejax.model.transformer import Transformer
-from moejax.routing import RouterInput
 
 
 class Size(NamedTuple):
@@ -34,23 +32,8 @@ def model_size(config: Config, vocab_size: int) -> Size:
     sizes = [(str(getattr(path[-1], "key", "")), math.prod(leaf.shape)) for path, leaf in leaves]
     total = sum(size for _, size in sizes)
     routed = sum(size for name, size in sizes if name.endswith(("_EDF", "_EFD")))
-    share = choices(config) / config.moe.experts if config.moe.experts else 0.0
+    share = config.choices / max(1, config.moe.experts)
     active = total - round(routed * (1 - share))
     look_up = sum(size for name, size in sizes if name in ("embed_VD", "scale_D"))
     attention = 4 * config.data.sequence * config.model.heads * config.model.width
     return Size(total, active, 6.0 * (active - look_up) + 3.0 * config.model.layers * attention)
-
-
-def choices(config: Config) -> float:
-    """Experts per token: assignments over tokens of what the router returns, N / T."""
-    tokens = max(config.data.sequence, config.moe.experts)
-    route = config.router.make().route
-    state = jax.eval_shape(lambda: config.router.make().init(config.moe.experts))
-    r = RouterInput(
-        logits_TE=jax.ShapeDtypeStruct((tokens, config.moe.experts), jnp.float32),
-        valid_T=jax.ShapeDtypeStruct((tokens,), jnp.bool_),
-        state=state,
-        token_T=jax.ShapeDtypeStruct((tokens,), jnp.int32),
-    )
-    routing: Any = jax.eval_shape(route, r)
-    return routing.token_N.shape[0] / tokens

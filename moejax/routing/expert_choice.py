@@ -26,6 +26,8 @@ def expert_choice(r: RouterInput, *, k: int = 2) -> Routing:
             f"expert_choice: capacity k x tokens / experts = {k} x {num_tokens} / {num_experts} < 1; "
             f"each group needs at least {math.ceil(num_experts / k)} tokens"
         )
+    if k > num_experts:
+        raise ValueError(f"expert_choice: k={k} is more than the {num_experts} experts; lower k")
     capacity = math.ceil(k * num_tokens / num_experts)
     probs_TE = jax.nn.softmax(r.logits_TE)
     affinity_ET = jnp.where(r.valid_T, jax.lax.stop_gradient(probs_TE.T), -1.0)

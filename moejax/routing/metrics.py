@@ -101,8 +101,9 @@ def figures(stats: MoeStats) -> dict[str, jax.Array]:
       each layer's share of assignments per expert.
     """
     num_experts = stats.load_E.shape[-1]
-    assigned = jnp.maximum(stats.load_E.sum(), 1)
-    layer_tokens = jnp.maximum(stats.tokens.sum(), 1)
+    # In float32: summed over its layers, a large batch's assignments pass 2**31.
+    assigned = stats.load_E.sum(dtype=jnp.float32)
+    layer_tokens = jnp.maximum(stats.tokens.sum(dtype=jnp.float32), 1.0)
     load_L = jnp.maximum(stats.load_E.sum(-1, keepdims=True), 1)
     return {
         "max_vio": max_vio(stats.load_E).mean(),
@@ -111,8 +112,8 @@ def figures(stats: MoeStats) -> dict[str, jax.Array]:
         / jnp.log(max(2, num_experts)),
         "busiest": (stats.load_E.max(-1) / jnp.maximum(stats.tokens, 1)).max(),
         "dead": (stats.load_E == 0).mean(dtype=jnp.float32),
-        "drop": (assigned - stats.kept_E.sum()) / assigned,
-        "drop_k": stats.dropped_K.sum(0) / layer_tokens,
-        "left_behind": stats.left_behind.sum() / layer_tokens,
+        "drop": (assigned - stats.kept_E.sum(dtype=jnp.float32)) / jnp.maximum(assigned, 1.0),
+        "drop_k": stats.dropped_K.sum(0, dtype=jnp.float32) / layer_tokens,
+        "left_behind": stats.left_behind.sum(dtype=jnp.float32) / layer_tokens,
         "load_LE": stats.load_E / load_L,
     }

@@ -1,6 +1,5 @@
 """`ROUTERS`: the catalogue by name, and `make_router`, which turns a name or a function into a `Router`."""
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moejax.names import did_you_mean
 from moejax.routing.expert_choice import expert_choice
 from moejax.routing.token_choice import gshard_top2, loss_free, sign_update, switch, topk
 from moejax.routing.types import RouterFn, Routing
@@ -85,14 +85,14 @@ class Router(NamedTuple):
     spec: RouterSpec | None = None
 
 
-def hyperparameters(name: str) -> dict[str, Any]:
-    """The hyper-parameters of a built-in router with their defaults, as a config shows them.
+def hyperparameters(router: str | RouterFn) -> dict[str, Any]:
+    """The options of a router by name, or of a function, with their defaults, as a config shows them.
 
     Raises:
       ValueError: unknown router.
     """
-    spec = _spec(name)
-    return {**_keywords(spec.route), **(_keywords(spec.update) if spec.update else {})}
+    route, update = _functions(router)
+    return {**_keywords(route), **(_keywords(update) if update else {})}
 
 
 def make_router(router: str | RouterFn, options: Mapping[str, Any] | None = None) -> Router:
@@ -105,31 +105,32 @@ def make_router(router: str | RouterFn, options: Mapping[str, Any] | None = None
     Raises:
       ValueError: unknown router or hyper-parameter, with the nearest names.
     """
-    spec = router if callable(router) else _spec(router)
-    route = spec.route if isinstance(spec, RouterSpec) else spec
-    update = spec.update if isinstance(spec, RouterSpec) else None
-    options = dict(options or {})
-    known = {**_keywords(route), **(_keywords(update) if update else {})}
+    route, update = _functions(router)
+    spec = None if callable(router) else ROUTERS[router]
+    options, known = dict(options or {}), hyperparameters(router)
     for name in options:
         if name not in known:
-            raise ValueError(f"router {_name(router)} has no option {_did_you_mean(name, known)}")
-    bound = functools.partial(route, **{k: options[k] for k in _keywords(route) if k in options})
-    if update is None:
-        return Router(
-            bound,
-            lambda _: None,
-            lambda state, _: state,
-            spec if isinstance(spec, RouterSpec) else None,
-        )
-    step = functools.partial(update, **{k: options[k] for k in _keywords(update) if k in options})
-    assert isinstance(spec, RouterSpec) and spec.init is not None
-    return Router(bound, spec.init, step, spec)
+            hint = did_you_mean(name, known)
+            raise ValueError(f"router {_name(router)} has no option {name!r}{hint}")
+
+    def bind(function: Callable[..., Any]) -> Callable[..., Any]:
+        own = {name: options[name] for name in _keywords(function) if name in options}
+        return functools.partial(function, **own)
+
+    if spec is None or update is None or spec.init is None:
+        return Router(bind(route), lambda _: None, lambda state, _: state, spec)
+    return Router(bind(route), spec.init, bind(update), spec)
 
 
-def _spec(name: str) -> RouterSpec:
-    if name not in ROUTERS:
-        raise ValueError(f"unknown router {_did_you_mean(name, ROUTERS)}")
-    return ROUTERS[name]
+def _functions(
+    router: str | RouterFn,
+) -> tuple[Callable[..., Routing], Callable[..., Any] | None]:
+    """The route and, for a router with state, its update."""
+    if callable(router):
+        return router, None
+    if router not in ROUTERS:
+        raise ValueError(f"unknown router {router!r}{did_you_mean(router, ROUTERS)}")
+    return ROUTERS[router].route, ROUTERS[router].update
 
 
 def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
@@ -139,9 +140,3 @@ def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _name(router: str | RouterFn) -> str:
     return router if isinstance(router, str) else getattr(router, "__name__", repr(router))
-
-
-def _did_you_mean(name: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{name!r}; {hint}known: {', '.join(sorted(known))}"

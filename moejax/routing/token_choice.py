@@ -32,7 +32,9 @@ def topk(
       ValueError: k = 1 renormalised, whose router gradient is zero.
     """
     if k == 1 and renormalise:
-        raise ValueError("topk with k=1 cannot be renormalised: weight 1 gives the router no gradient")
+        raise ValueError(
+            "topk with k=1 cannot be renormalised: weight 1 gives the router no gradient"
+        )
     probs_TE = jax.nn.softmax(r.logits_TE)
     weight_TK, expert_TK = jax.lax.top_k(probs_TE, k)
     if renormalise:

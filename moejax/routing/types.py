@@ -89,6 +89,8 @@ def token_choice(
 
 def combine_TE(routing: Routing) -> jax.Array:
     """The routing as the dense float32 [T, E] matrix of weights, for tests and notebooks."""
-    return jnp.zeros_like(routing.scores_TE).at[routing.token_N, routing.expert_N].add(
-        routing.weight_N, mode="drop"
+    return (
+        jnp.zeros_like(routing.scores_TE)
+        .at[routing.token_N, routing.expert_N]
+        .add(routing.weight_N, mode="drop")
     )

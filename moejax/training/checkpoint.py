@@ -24,15 +24,29 @@ class Checkpoints:
     the process died is not there at all.
     """
 
-    def __init__(self, workdir: Path, newest: int = 2) -> None:
+    def __init__(self, workdir: Path, newest: int = 2, *, read_only: bool = False) -> None:
+        """newest: how many to keep; read_only: leave the folder as it is, a run may be writing there."""
         self._directory = workdir / "checkpoints"
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep.AnyPreservationPolicy(
-                [keep.LatestN(newest), keep.BestN(get_metric_fn=_bpb, reverse=True, n=1)]
-            ),
-            cleanup_tmp_directories=True,
+        best = keep.BestN(
+            get_metric_fn=_bpb, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
-        self._manager = ocp.CheckpointManager(self._directory.absolute(), options=options)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(newest), best]),
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
+        )
+        if read_only and not self._directory.is_dir():
+            raise FileNotFoundError(f"no checkpoint in {self._directory}: the run has saved none yet")
+        self._manager = ocp.CheckpointManager(
+            self._directory.absolute(),
+            options=options,
+            # Named here, because a new process could not tell what it finds otherwise.
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "progress": ocp.JsonCheckpointHandler(),
+            },
+        )
 
     @property
     def latest(self) -> int | None:
@@ -59,7 +73,9 @@ class Checkpoints:
             force=True,
         )
 
-    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+    def restore(
+        self, like: TrainState, step: int | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
         """The state and progress of a step (default: the newest), bit for bit.
 
         Args:
@@ -102,21 +118,33 @@ class Checkpoints:
         self._manager.close()
 
 
-def claim(workdir: Path, config: Config) -> None:
-    """Make a working directory this config's, or check that it already is.
+def check_claim(workdir: Path, config: Config) -> None:
+    """Look whether a working directory is free or already this config's. Writes nothing.
 
     Raises:
-      ValueError: it holds something else, or a run of another config; nothing is written then.
+      ValueError: it is a file, it holds something else, or a run of another config.
     """
-    workdir = Path(workdir)
     path = workdir / "config.json"
     if path.exists():
         _check_same(path, config)
-        return
-    if workdir.exists() and any(workdir.iterdir()):
+    elif workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"{workdir} is a file; choose another --workdir")
+    elif workdir.exists() and any(workdir.iterdir()):
         raise ValueError(
             f"{workdir} is not empty and holds no run of moejax; choose another --workdir"
         )
+
+
+def claim(workdir: Path, config: Config) -> None:
+    """Make a working directory this config's, unless it already is.
+
+    Raises:
+      ValueError: as `check_claim`; nothing is written then.
+    """
+    check_claim(workdir, config)
+    path = workdir / "config.json"
+    if path.exists():
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(config.to_dict(), indent=2, default=_function_name))

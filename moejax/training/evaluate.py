@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.data import TextDataset
-from moejax.model.size import choices
 from moejax.config import Config
+from moejax.data import TextDataset
 from moejax.routing.floors import max_vio_floor
 from moejax.routing.metrics import figures
 from moejax.training.program import Program
@@ -55,7 +54,7 @@ def evaluate(
         record |= {key: routing[key] for key in ("drop", "left_behind", "dead", "load_LE")}
         record["max_vio_global"] = routing["max_vio"]
         record["max_vio_floor"] = max_vio_floor(
-            record["tokens"], config.moe.experts, round(choices(config))
+            record["tokens"], config.moe.experts, round(config.choices)
         )
     if program.eval_as_trained is not None:
         pooled = _total(program.eval_as_trained, state, batches, dataset.bytes_V)

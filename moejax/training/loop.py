@@ -16,8 +16,7 @@ import jax
 
 from moejax.config import Config
 from moejax.data import TextDataset, open_dataset
-from moejax.model.size import choices
-from moejax.training.checkpoint import Checkpoints, claim
+from moejax.training.checkpoint import Checkpoints, check_claim, claim
 from moejax.training.evaluate import evaluate
 from moejax.training.hardware import device_name, peak_flops
 from moejax.training.meter import Meter
@@ -30,7 +29,9 @@ class Stopped(Exception):
     """SIGTERM or SIGINT: the run saved its state and can be resumed by the same command."""
 
 
-def train(config: Config, workdir: Path, *, label: str = "step", quiet: bool = False) -> dict[str, Any]:
+def train(
+    config: Config, workdir: Path, *, label: str = "step", quiet: bool = False
+) -> dict[str, Any]:
     """Train a config to its last step in `workdir`, from its newest checkpoint if there is one.
 
     Returns:
@@ -45,9 +46,11 @@ def train(config: Config, workdir: Path, *, label: str = "step", quiet: bool = F
     workdir = Path(workdir)
     progress = Progress(label, config.train.steps, quiet)
     make_schedule(config.optimizer, config.train.steps)  # refuses before data is prepared
+    check_claim(workdir, config)
     dataset = open_dataset(config.data, progress=not quiet)
-    claim(workdir, config)
+    check_same_data(workdir, dataset)
     program = build_program(config, dataset.vocab_size, len(dataset.domains))
+    claim(workdir, config)  # only now: a config that does not fit the machine leaves nothing behind
     run = _Run(config, workdir, dataset, program, progress)
     try:
         with _interruptible() as interrupted:
@@ -71,7 +74,7 @@ class _Run:
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.program, self.progress = program, progress
         self.checkpoints = Checkpoints(workdir, config.train.keep)
-        saved: dict[str, Any] = {"seconds": 0.0, "bpb": None}
+        saved: dict[str, Any] = {"bpb": None, "meter": {}}
         if self.checkpoints.latest is None:
             self.state = program.init(config.train.seed)
         else:
@@ -80,7 +83,7 @@ class _Run:
         self.bpb: float | None = saved["bpb"]
         self.records = Records(workdir, int(self.state.step))
         tokens = config.data.batch * config.data.sequence
-        self.meter = Meter(tokens, tokens * program.size.flops, peak_flops(), saved["seconds"])
+        self.meter = Meter(tokens, tokens * program.size.flops, peak_flops(), saved["meter"])
         self.schedule = make_schedule(config.optimizer, config.train.steps)
         _write_json(workdir / "run.json", provenance(config, dataset, program))
 
@@ -95,9 +98,7 @@ class _Run:
         )
         for step, (batch, position) in zip(range(first, last + 1), batches, strict=False):
             self.state, metrics = self.program.train_step(self.state, self.program.put(batch))
-            self.meter.push(step, position, metrics)
-            if _due(step, every.log_every, last):
-                self.log(step)
+            self.log(self.meter.push(step, position, metrics))
             if _due(step, every.eval_every, last):
                 self.evaluate(step)
             if _due(step, every.checkpoint_every, last) or interrupted:
@@ -105,29 +106,31 @@ class _Run:
             if interrupted and step < last:
                 raise Stopped(f"saved at step {step} of {last}; the same command resumes")
 
-    def log(self, step: int) -> None:
-        if step == self.config.train.steps:
-            self.meter.flush()
+    def log(self, step: int | None) -> None:
+        """Write the record of a step whose metrics have arrived, if it is due."""
         config, schedule = self.config, self.schedule
+        if step is None or not _due(step, config.train.log_every, config.train.steps):
+            return
         record = self.meter.record(step, float(schedule(step - 1)))
         self.records.write(record)
         left = self.meter.seconds / step * (config.train.steps - step)
         self.progress.show(record, left)
         if config.moe.experts:
             share, experts = config.train.collapse_share, config.moe.experts
-            if message := self.meter.alarm(record, share, choices(config), experts):
+            if message := self.meter.alarm(record, share, config.choices, experts):
                 self.records.write({"kind": "alarm", "step": step, "message": message})
                 self.progress.say(f"warning: {message}")
 
     def evaluate(self, step: int) -> None:
-        self.meter.flush()
+        self.log(self.meter.flush())
         record = evaluate(self.config, self.program, self.state, self.dataset)
         self.bpb = record["bpb"]
         self.records.write({"kind": "eval", "step": step, "seconds": self.meter.seconds, **record})
 
     def save(self) -> None:
-        self.meter.flush()  # a loss that is not finite stops here, before it is saved
-        self.checkpoints.save(self.state, {"seconds": self.meter.seconds, "bpb": self.bpb}, self.bpb)
+        self.log(self.meter.flush())  # a loss that is not finite stops here, before it is saved
+        progress = {"bpb": self.bpb, "meter": self.meter.carried()}
+        self.checkpoints.save(self.state, progress, self.bpb)
 
     def close(self) -> None:
         self.checkpoints.close()
@@ -149,6 +152,17 @@ class _Run:
         }
         _write_json(self.workdir / "summary.json", summary)
         return summary
+
+
+def check_same_data(workdir: Path, dataset: TextDataset) -> None:
+    """Raises ValueError where the run in a working directory was trained on other text."""
+    path = workdir / "run.json"
+    there = json.loads(path.read_text())["data"]["fingerprint"] if path.exists() else None
+    if there not in (None, dataset.fingerprint):
+        raise ValueError(
+            f"{workdir} was trained on text of fingerprint {there}, this machine's corpus has "
+            f"{dataset.fingerprint}; choose another --workdir, or bring the run's own corpus"
+        )
 
 
 def provenance(config: Config, dataset: TextDataset, program: Program) -> dict[str, Any]:
@@ -229,6 +243,8 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+" if git("status", "--porcelain") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,34 +18,46 @@ class NonFiniteLoss(RuntimeError):
 class Meter:
     """Times steps, keeps the running mean loss, and watches for what should stop or worry a run."""
 
-    def __init__(self, tokens: int, flops: float, peak: float, seconds: float = 0.0) -> None:
-        """tokens: per step; flops: per step; peak: FLOP/s; seconds: trained before this attempt."""
+    def __init__(
+        self, tokens: int, flops: float, peak: float, carried: Mapping[str, Any] | None = None
+    ) -> None:
+        """tokens: per step; flops: per step; peak: FLOP/s; carried: of the attempt before this one."""
         self._tokens, self._flops, self._peak = tokens, flops, peak
-        self.seconds = seconds
+        carried = carried or {}
+        self.seconds: float = carried.get("seconds", 0.0)
         self._pending: tuple[int, int, Any] | None = None
-        self._losses: list[float] = []
+        self._losses: list[float] = list(carried.get("losses", []))
         self._latest: dict[str, Any] = {}
         self._mark: float | None = None
         self._steps = 0
         self._since = 0.0
-        self._collapsed = 0
+        self._collapsed: int = carried.get("collapsed", 0)
 
-    def push(self, step: int, position: int, metrics: dict[str, Any]) -> None:
-        """Take a step's metrics, still being computed, and settle those of the step before."""
+    def carried(self) -> dict[str, Any]:
+        """What a resumed run must know to write the same records: plain values, after a `flush`."""
+        return {"seconds": self.seconds, "losses": self._losses, "collapsed": self._collapsed}
+
+    def push(self, step: int, position: int, metrics: dict[str, Any]) -> int | None:
+        """Take a step's metrics, still being computed, and settle those of the step before.
+
+        Returns:
+          The step that was settled, if any: what `record` now speaks of.
+        """
         if self._mark is None:
             self._mark = time.perf_counter()
         previous, self._pending = self._pending, (step, position, metrics)
-        self._settle(previous)
+        return self._settle(previous)
 
-    def flush(self) -> None:
-        """Wait for the last step and stop the clock: what follows is not training."""
+    def flush(self) -> int | None:
+        """Wait for the last step and stop the clock: what follows is not training. Returns as `push`."""
         previous, self._pending = self._pending, None
-        self._settle(previous)
+        settled = self._settle(previous)
         self._mark = None
+        return settled
 
-    def _settle(self, pending: tuple[int, int, Any] | None) -> None:
+    def _settle(self, pending: tuple[int, int, Any] | None) -> int | None:
         if pending is None:
-            return
+            return None
         step, position, metrics = pending
         loss = float(metrics["loss"])
         if not math.isfinite(loss) or not math.isfinite(float(metrics["grad_norm"])):
@@ -61,9 +74,10 @@ class Meter:
             self.seconds += now - self._mark
             self._since += now - self._mark
             self._mark = now
+        return step
 
     def record(self, step: int, learning_rate: float) -> dict[str, Any]:
-        """The training record of a step: losses averaged since the last record, the rest as of now."""
+        """The record of the step just settled: loss averaged since the last record, the rest its own."""
         rate = self._steps / max(self._since, 1e-9)
         metrics = jax.device_get(self._latest)
         record = {

@@ -18,7 +18,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     if warmup >= steps:
         raise ValueError(f"optimizer.warmup={warmup} must end before train.steps={steps}")
     rest, final = steps - warmup, config.final_fraction * peak
-    decay = max(1, round(config.decay_fraction * steps))
+    decay = min(rest, max(1, round(config.decay_fraction * steps)))
     after: optax.Schedule
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, rest, config.final_fraction)
@@ -26,7 +26,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         start = max(1, warmup)
         after = lambda step: peak * (start / (start + step)) ** 0.5  # noqa: E731
     elif config.schedule == "wsd":
-        after = optax.linear_schedule(peak, final, decay, transition_begin=max(0, rest - decay))
+        after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
     else:
         after = optax.constant_schedule(peak)
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
@@ -45,9 +45,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             mask=_matrices,
         )
     else:
+        # optax does not multiply Adafactor's decay by the learning rate; AdamW's it does.
         update = optax.adafactor(
             schedule,
-            weight_decay_rate=config.weight_decay or None,
+            weight_decay_rate=lambda step: config.weight_decay * schedule(step),
             weight_decay_mask=_matrices,
             multiply_by_parameter_scale=True,
         )

@@ -65,9 +65,7 @@ def _build(config: Config, vocab_size: int, num_domains: int) -> Program:
     check_batch(config.data.batch // config.train.accumulation, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
 
-    init = functools.partial(
-        init_state, config=config, vocab_size=vocab_size, optimizer=optimizer
-    )
+    init = functools.partial(init_state, config=config, vocab_size=vocab_size, optimizer=optimizer)
     abstract = jax.eval_shape(init, 0)
     where = shardings(abstract, mesh)
     abstract = jax.tree.map(

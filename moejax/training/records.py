@@ -57,7 +57,8 @@ class Progress:
         self._next = 0.0
 
     def show(self, record: dict[str, Any], seconds_left: float) -> None:
-        if self._quiet or (not self._live and time.monotonic() < self._next):
+        last = record["step"] == self._steps
+        if self._quiet or (not self._live and not last and time.monotonic() < self._next):
             return
         self._next = time.monotonic() + 10.0
         parts = [
@@ -69,7 +70,7 @@ class Progress:
         ]
         if "max_vio" in record:
             parts += [f"MaxVio {record['max_vio']:.2f}", f"drops {record['drop']:.1%}"]
-        self._print("  ".join(parts), end="" if self._live else "\n")
+        self._print("  ".join(parts), end="" if self._live and not last else "\n")
 
     def say(self, text: str) -> None:
         """A line that stays."""

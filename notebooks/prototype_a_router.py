@@ -1,0 +1,130 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Prototype a router in ten lines, and train with it
+#
+# A router in moejax is a pure function: from what it sees of the tokens (`RouterInput`) to a list of
+# assignments (`Routing`). A function of your own works wherever a built-in one does: in the layer, in
+# training, on any mesh, in the report. Here is one that lets every token decide *how many* experts it
+# needs: it takes experts, best first, until their probabilities reach `p` (Huang et al. 2024, 2403.07652).
+
+# %%
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from flax import nnx
+
+from moejax import MoE, RouterInput, combine_TE, token_choice
+from moejax.config import Config, ModelConfig, MoeConfig, default_config, router_config
+from moejax.training.loop import train
+from moejax.training.records import read_records
+
+# %% [markdown]
+# ## The router
+#
+# `token_choice` turns each token's list of experts into a `Routing`. An entry equal to the number of
+# experts means *nowhere*, so a token may list up to `k` experts and use fewer.
+
+
+# %%
+def top_p(r: RouterInput, *, k: int = 4, p: float = 0.6):
+    """Experts, best first, until their probabilities reach p; at most k of them."""
+    probs_TE = jax.nn.softmax(r.logits_TE)
+    weight_TK, expert_TK = jax.lax.top_k(probs_TE, k)
+    reached_TK = jnp.cumsum(weight_TK, axis=-1) - weight_TK
+    expert_TK = jnp.where(reached_TK < p, expert_TK, probs_TE.shape[-1])
+    return token_choice(r, expert_TK, weight_TK, probs_TE)
+
+
+# %% [markdown]
+# ## What it does
+#
+# Twelve tokens, from undecided (left) to sure (right). The surer a token's router is, the fewer experts
+# the token gets. `combine_TE` is the routing as a dense matrix, for looking at.
+
+# %%
+logits_TE = jax.random.normal(jax.random.key(0), (12, 8)) * jnp.linspace(0.3, 4.0, 12)[:, None]
+routing = top_p(RouterInput(logits_TE, valid_T=jnp.ones(12, bool)))
+dense_TE = np.asarray(combine_TE(routing))
+
+figure, axis = plt.subplots(figsize=(7, 3.2))
+image = axis.imshow(dense_TE.T, cmap="viridis", aspect="auto")
+axis.set(xlabel="token: undecided to sure", ylabel="expert", title="weight of each expert")
+figure.colorbar(image)
+plt.show()
+print("experts per token:", (dense_TE > 0).sum(axis=1))
+
+# %% [markdown]
+# ## In a layer
+#
+# `moejax.MoE` is an ordinary Flax NNX module. The three ways to move tokens give the same result, and the
+# router gets a gradient, which is worth a look for every new router: a weight that is constant (top-1
+# renormalised to 1) would leave it without one.
+
+# %%
+model = ModelConfig(dim=32, ffn=64)
+x_BSD = jax.random.normal(jax.random.key(1), (2, 16, 32))
+for dispatch in ("einsum", "gather", "dropless"):
+    layer = MoE(model, MoeConfig(experts=8, dispatch=dispatch), top_p, rngs=nnx.Rngs(0))
+    y_BSD, stats = layer(x_BSD)
+    print(f"{dispatch:<9} |y| = {float(jnp.linalg.norm(y_BSD)):.5f}  load {stats.load_E.tolist()}")
+
+graph, params = nnx.split(layer)
+grads = jax.grad(lambda p: jnp.square(nnx.merge(graph, p)(x_BSD)[0]).sum())(params)
+print("router's gradient norm:", float(jnp.linalg.norm(grads.w_router_DE[...])))
+
+# %% [markdown]
+# ## Train with it
+#
+# A config takes the function where it takes a name. Both runs see the same text, in the same order; the
+# text is the Python standard library, so nothing is downloaded.
+
+
+# %%
+def run(router, workdir: Path, **options) -> list[dict]:
+    config = default_config()
+    config.model.update(layers=2, dim=32, ffn=64, heads=2)
+    config.data.update(sequence=64, batch=16)
+    config.train.update(steps=120, log_every=5, eval_every=0, eval_rows=32, checkpoint_every=0)
+    config.router = router_config(router, **options)
+    config.balance.load_balance = 0.01
+    train(Config.from_dict(config), workdir, quiet=True)
+    return [r for r in read_records(workdir / "metrics.jsonl") if r["kind"] == "train"]
+
+
+with tempfile.TemporaryDirectory() as folder:
+    runs = {
+        "top_p": run(top_p, Path(folder) / "top_p", k=4, p=0.6),
+        "topk, k=2": run("topk", Path(folder) / "topk", k=2),
+    }
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+for name, records in runs.items():
+    steps = [r["step"] for r in records]
+    left.plot(steps, [r["loss"] for r in records], label=name)
+    right.plot(steps, [r["max_vio"] for r in records], label=name)
+left.set(xlabel="step", ylabel="loss, nats per byte", title="training loss")
+right.set(xlabel="step", ylabel="MaxVio", title="load imbalance (0 = even)")
+left.legend()
+figure.tight_layout()
+plt.show()
+
+# %% [markdown]
+# To keep it: put the function into an experiment file (`config.router = router_config(top_p)`), and
+# `moejax train` and `moejax compare` take it from there.

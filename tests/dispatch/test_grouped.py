@@ -1,0 +1,222 @@
+"""The grouped feed-forward network against its definition, in values and gradients."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moejax.dispatch import grouped
+from moejax.dispatch.grouped import grouped_ffn
+
+
+def one_by_one(rows_ND, w_in_EDF, w_gate_EDF, w_out_EFD, load_E, activation):
+    """The definition: every expert on every row, of which each keeps its own expert's."""
+    end_E, row_N = jnp.cumsum(load_E), jnp.arange(len(rows_ND))
+    y_ND = jnp.zeros_like(rows_ND)
+    for e in range(len(w_in_EDF)):
+        h_NF = rows_ND @ w_in_EDF[e]
+        h_NF = (
+            activation(h_NF) if w_gate_EDF is None else activation(rows_ND @ w_gate_EDF[e]) * h_NF
+        )
+        own_N = (end_E[e] - load_E[e] <= row_N) & (row_N < end_E[e])
+        y_ND += jnp.where(own_N[:, None], h_NF @ w_out_EFD[e], 0)
+    return y_ND
+
+
+def arrays(num_rows, width, hidden, num_experts, gated, dtype=jnp.float32, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-2]), dtype)
+
+    w_gate_EDF = normal(num_experts, width, hidden) if gated else None
+    w_in_EDF, w_out_EFD = normal(num_experts, width, hidden), normal(num_experts, hidden, width)
+    return normal(num_rows, width), w_in_EDF, w_gate_EDF, w_out_EFD
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def value_and_grads(ffn, args, load_E, activation):
+    """Output and the gradients of a fixed random projection of it, all in float32."""
+    direction = jnp.asarray(np.random.default_rng(1).normal(size=args[0].shape), jnp.float32)
+
+    def loss(*args):
+        y_ND = ffn(*args, load_E, activation).astype(jnp.float32)
+        return jnp.vdot(direction, y_ND), y_ND
+
+    of = (0, 1, 2, 3) if args[2] is not None else (0, 1, 3)
+    (_, y_ND), grads = jax.value_and_grad(loss, argnums=of, has_aux=True)(*args)
+    return [y_ND, *(g.astype(jnp.float32) for g in grads)]
+
+
+def assert_equal_to_definition(args, load, activation=jax.nn.silu, tolerance=2e-5, garbage=0.0):
+    total, load_E = sum(load), jnp.asarray(load, jnp.int32)
+    tail_N1 = (jnp.arange(len(args[0])) >= total)[:, None]
+    dirty = (jnp.where(tail_N1, jnp.asarray(garbage, args[0].dtype), args[0]), *args[1:])
+    result = value_and_grads(grouped_ffn, dirty, load_E, activation)
+    expected = value_and_grads(one_by_one, args, load_E, activation)
+    for got, want in zip(result, expected, strict=True):
+        scale = max(1.0, float(jnp.abs(want).max()))
+        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * scale)
+    y_ND, drows_ND = result[:2]
+    assert not np.any(y_ND[total:]) and not np.any(drows_ND[total:])
+
+
+def gradients(*args):
+    return jax.grad(lambda *a: grouped_ffn(*a).sum(), argnums=(0, 1, 2, 3))(*args)
+
+
+LOADS = {
+    "even": [225, 225, 225, 225],
+    "empty experts, a tail": [0, 523, 0, 30],
+    "all to one": [0, 0, 900, 0],
+    "none": [0, 0, 0, 0],
+    "smaller and larger than a block": [700, 1, 33, 130],
+}
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+def test_equals_the_definition(load, gated):
+    assert_equal_to_definition(arrays(900, 8, 12, 4, gated), load)
+
+
+@pytest.mark.parametrize("activation", [jax.nn.gelu, jax.nn.sigmoid])
+def test_any_activation(activation):  # sigmoid(0) is not 0: rows of no expert must still give 0
+    assert_equal_to_definition(arrays(70, 8, 12, 3, False), [40, 0, 20], activation)
+
+
+def test_rows_of_no_expert_contribute_nothing():
+    for garbage in (1e30, np.inf, np.nan):
+        assert_equal_to_definition(arrays(900, 8, 12, 4, True), [40, 3, 20, 700], garbage=garbage)
+
+
+def test_cotangents_of_no_expert_contribute_nothing():
+    args, load_E = arrays(50, 3, 5, 2, True), jnp.array([30, 3])
+    pullback = jax.jit(lambda dy_ND: jax.vjp(lambda *a: grouped_ffn(*a, load_E), *args)[1](dy_ND))
+    clean_ND = jnp.ones((50, 3)).at[33:].set(0)
+    for garbage in (np.inf, np.nan):
+        dirty = pullback(clean_ND.at[33:].set(garbage))
+        for got, want in zip(dirty, pullback(clean_ND), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def test_bfloat16():
+    load = [600, 0, 300, 40]
+    args = arrays(1000, 16, 32, 4, True, jnp.bfloat16)
+    assert_equal_to_definition(args, load, tolerance=5e-2)
+    shapes = jax.eval_shape(gradients, *args, jnp.array(load))
+    assert all(a.dtype == jnp.bfloat16 for a in shapes)
+
+
+def test_bfloat16_weight_gradients_accumulate_in_float32():
+    # One weight, its gradient is the sum of the rows: 512 rows of 1, then 8 blocks that add 1 each.
+    # Summed in bfloat16, whose numbers near 512 are 4 apart, each of these would be lost.
+    rows_ND = jnp.ones((9 * 512, 1), jnp.bfloat16).at[512:].set(1 / 512)
+    w = jnp.ones((1, 1, 1), jnp.bfloat16)
+    load_E = jnp.array([9 * 512])
+    dw = jax.jit(jax.grad(lambda w: grouped_ffn(rows_ND, w, None, w, load_E, jax.nn.relu).sum()))(w)
+    assert dw.item() == 2 * 520  # as the input and as the output weight
+
+
+@given(st.data())
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (50, 3, 5, 2), (600, 9, 1, 6)], ids=str)
+def test_any_load(shape, data):
+    """Any cut of the rows into experts and a tail; few shapes, as each is compiled."""
+    num_rows, num_experts = shape[0], shape[-1]
+    ends = st.lists(st.integers(0, num_rows), min_size=num_experts, max_size=num_experts)
+    load = np.diff(sorted(data.draw(ends)), prepend=0).tolist()
+    assert_equal_to_definition(arrays(*shape, gated=True), load, garbage=np.nan)
+
+
+def test_both_paths_agree():
+    """The path of other platforms, run here, against the blocks."""
+    rows_ND, w_in, w_gate, w_out = arrays(300, 8, 12, 3, True)
+    args = rows_ND.at[210:].set(jnp.nan), (w_in, w_gate), w_out, jnp.array([130, 0, 80])
+    dy_ND = jnp.cos(jnp.arange(2400.0)).reshape(300, 8).at[210:].set(jnp.nan)
+    silu = jax.nn.silu
+
+    @partial(jax.jit, static_argnums=(0, 1))
+    def both_ways(forward, backward):
+        y_ND, pre = forward(silu, *args)
+        return jax.tree.leaves((y_ND, backward(silu, dy_ND, *args, pre)))
+
+    blocks = both_ways(grouped._block_forward, grouped._block_backward)
+    ragged = both_ways(grouped._ragged_forward, grouped._ragged_backward)
+    for a, b in zip(blocks, ragged, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_under_remat_and_scan():
+    args, load_E = arrays(96, 8, 12, 3, True), jnp.array([40, 3, 20])
+
+    def twice(rows_ND, *weights):
+        layer = jax.checkpoint(lambda x, _: (x + grouped_ffn(x, *weights, load_E), None))
+        return jax.lax.scan(layer, rows_ND, None, length=2)[0].sum()
+
+    def twice_by_hand(rows_ND, *weights):
+        for _ in range(2):
+            rows_ND += one_by_one(rows_ND, *weights, load_E, jax.nn.silu)
+        return rows_ND.sum()
+
+    of = (0, 1, 2, 3)
+    result, expected = (jax.jit(jax.grad(f, of))(*args) for f in (twice, twice_by_hand))
+    for got, want in zip(result, expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_shared_by_shards_of_rows():
+    """In shard_map the gradient of shared weights is summed over the shards, like any other's."""
+    args, load_E = arrays(128, 8, 12, 3, True), jnp.array([20, 3, 30, 0, 64, 0])
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    data, whole = jax.P("data"), jax.P()
+
+    def sharded(*args):
+        specs = (data, whole, whole, whole, data)
+        ffn = jax.shard_map(grouped_ffn, mesh=mesh, in_specs=specs, out_specs=data)
+        return ffn(*args, load_E)
+
+    def shard_by_shard(*args):
+        rows_SND, load_SE = args[0].reshape(2, 64, 8), load_E.reshape(2, 3)
+        parts = [one_by_one(rows_SND[s], *args[1:], load_SE[s], jax.nn.silu) for s in range(2)]
+        return jnp.concatenate(parts)
+
+    def loss(ffn):
+        return lambda *args: jnp.sin(ffn(*args)).sum()
+
+    of = (0, 1, 2, 3)
+    with jax.set_mesh(mesh):
+        specs = (data, whole, whole, whole)
+        placed = [
+            jax.device_put(a, jax.NamedSharding(mesh, p)) for a, p in zip(args, specs, strict=True)
+        ]
+        load_E = jax.device_put(load_E, jax.NamedSharding(mesh, data))
+        result = jax.jit(jax.grad(loss(sharded), of))(*placed)
+    load_E = jnp.array([20, 3, 30, 0, 64, 0])
+    expected = jax.jit(jax.grad(loss(shard_by_shard), of))(*args)
+    for got, want in zip(result, expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_other_platforms_use_ragged_dot(platform):
+    traced = jax.jit(gradients).trace(*arrays(96, 8, 12, 3, True), jnp.array([40, 3, 20]))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "ragged_dot" in text and "stablehlo.while" not in text
+
+
+def test_cpu_memory_is_linear_in_the_rows():
+    num_rows, width, hidden, num_experts = 2048, 24, 40, 7
+    args = arrays(num_rows, width, hidden, num_experts, True)
+    compiled = jax.jit(gradients).lower(*args, jnp.full(num_experts, 292)).compile()
+    shapes = re.findall(r"\bf32\[([\d,]+)\]", compiled.as_text())
+    elements = {s: np.prod([int(n) for n in s.split(",")]) for s in shapes}
+    assert f"{num_rows},{hidden}" in elements
+    # Nothing has more elements than the hidden rows: no [N, E, ...], no weight a block.
+    assert max(elements.values()) <= num_rows * hidden, elements
+    rows = num_rows * (width + 2 * hidden) * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * rows

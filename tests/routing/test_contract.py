@@ -1,0 +1,170 @@
+"""What every router of the catalogue owes: shapes, load, symmetry, padding, weights and gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.dispatch import make_plan, route
+from moejax.routing import (
+    ROUTERS,
+    RouterInput,
+    Routing,
+    combine_TE,
+    make_router,
+    moe_stats,
+)
+from moejax.routing.balance import balance_losses
+
+TOKENS, EXPERTS = 12, 4
+RANDOM = np.random.default_rng(0)
+LOGITS_TE = jnp.asarray(RANDOM.normal(size=(TOKENS, EXPERTS)), jnp.float32)
+BIAS_E = jnp.asarray([0.3, -0.2, 0.1, -0.1])
+SOME_T = jnp.asarray(RANDOM.random(TOKENS) < 0.6)
+ALL_T = jnp.ones(TOKENS, bool)
+LOSSES = {"load_balance": 1.0, "load_balance_top1": 1.0, "router_z": 1.0}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(name: str, logits_TE, valid_T, bias_E=BIAS_E):
+    """The routing without noise, its dense form, its statistics without a capacity, and the losses."""
+    router = make_router(name)
+    state = None if router.init(EXPERTS) is None else bias_E
+    r = RouterInput(logits_TE, valid_T, state=state)
+    routing = route(router.route, r, 1, "batch")
+    stats = moe_stats(r, routing, make_plan(routing, None))
+    layer = jax.tree.map(lambda a: a[None], stats)
+    return routing, combine_TE(routing), stats, balance_losses(layer, LOSSES)
+
+
+every_router = pytest.mark.parametrize("name", ROUTERS)
+
+
+@every_router
+def test_a_routing_is_well_formed(name: str) -> None:
+    routing, dense_TE, stats, _ = run(name, LOGITS_TE, SOME_T)
+    assert routing.token_N.dtype == routing.expert_N.dtype == routing.choice_N.dtype == jnp.int32
+    assert routing.weight_N.dtype == routing.scores_TE.dtype == jnp.float32
+    token_N, expert_N, weight_N = (np.asarray(a) for a in routing[:3])
+    real_N = expert_N < EXPERTS
+    assert np.all((0 <= token_N) & (token_N < TOKENS)) and np.all(expert_N[~real_N] == EXPERTS)
+    pairs = list(zip(token_N[real_N], expert_N[real_N], strict=True))
+    assert len(pairs) == len(set(pairs))  # a token meets an expert once
+    assert np.all(weight_N[real_N] > 0) and not np.any(weight_N[~real_N])
+    assert np.all(np.asarray(SOME_T)[token_N[real_N]])  # padding goes nowhere
+    assert not np.any(np.asarray(dense_TE)[~np.asarray(SOME_T)])
+
+
+@every_router
+@pytest.mark.parametrize("valid_T", [ALL_T, SOME_T, jnp.zeros(TOKENS, bool)])
+def test_load_counts_every_choice_of_every_real_token(name: str, valid_T) -> None:
+    routing, dense_TE, stats, _ = run(name, LOGITS_TE, valid_T)
+    real = int(valid_T.sum())
+    k = routing.token_N.shape[0] // TOKENS
+    if ROUTERS[name].chooses == "expert":  # each takes C = ceil(2 x 12 / 4) = 6, or all there are
+        assert stats.load_E.tolist() == [min(6, real)] * EXPERTS
+    else:
+        assert int(stats.load_E.sum()) == k * real
+        assert int(stats.first_E.sum()) == real
+    np.testing.assert_array_equal(stats.load_E, (np.asarray(dense_TE) > 0).sum(0))
+    np.testing.assert_array_equal(stats.load_E, stats.kept_E)  # no capacity, no drops
+    assert int(stats.tokens) == real
+
+
+@every_router
+def test_order_of_tokens_is_nothing_without_a_capacity(name: str) -> None:
+    order_T = RANDOM.permutation(TOKENS)
+    _, dense_TE, stats, losses = run(name, LOGITS_TE, SOME_T)
+    _, moved_TE, moved_stats, moved_losses = run(name, LOGITS_TE[order_T], SOME_T[order_T])
+    np.testing.assert_allclose(moved_TE, dense_TE[order_T], rtol=1e-6)
+    np.testing.assert_array_equal(moved_stats.load_E, stats.load_E)
+    for key, value in losses.items():
+        np.testing.assert_allclose(moved_losses[key], value, rtol=1e-5)
+
+
+@every_router
+def test_names_of_experts_are_nothing(name: str) -> None:
+    order_E = np.array([2, 0, 3, 1])
+    _, dense_TE, stats, losses = run(name, LOGITS_TE, SOME_T)
+    _, moved_TE, moved_stats, moved_losses = run(
+        name, LOGITS_TE[:, order_E], SOME_T, BIAS_E[order_E]
+    )
+    np.testing.assert_allclose(moved_TE, dense_TE[:, order_E], rtol=1e-6)
+    np.testing.assert_array_equal(moved_stats.load_E, stats.load_E[order_E])
+    for key, value in losses.items():
+        np.testing.assert_allclose(moved_losses[key], value, rtol=1e-5)
+
+
+@every_router
+def test_padding_changes_nothing_whatever_it_holds(name: str) -> None:
+    junk_TE = jnp.asarray(RANDOM.normal(size=LOGITS_TE.shape, scale=100.0), jnp.float32)
+    _, dense_TE, stats, losses = run(name, LOGITS_TE, SOME_T)
+    filled_TE = jnp.where(SOME_T[:, None], LOGITS_TE, junk_TE)
+    _, other_TE, other_stats, other_losses = run(name, filled_TE, SOME_T)
+    np.testing.assert_array_equal(other_TE, dense_TE)
+    jax.tree.map(np.testing.assert_array_equal, (other_stats, other_losses), (stats, losses))
+    # And the losses are those of the real tokens alone, where those choose the same experts.
+    if ROUTERS[name].chooses == "token":
+        real = np.flatnonzero(SOME_T)
+        _, _, alone, alone_losses = run(name, LOGITS_TE[real], jnp.ones(len(real), bool))
+        np.testing.assert_array_equal(alone.load_E, stats.load_E)
+        for key, value in losses.items():
+            np.testing.assert_allclose(alone_losses[key], value, rtol=1e-5)
+
+
+def formula(name: str, logits_TE: jax.Array, chosen_TE: np.ndarray) -> jax.Array:
+    """The paper's weights of the chosen pairs, densely."""
+    score = jax.nn.sigmoid if name == "loss_free" else jax.nn.softmax
+    weight_TE = score(logits_TE) * chosen_TE
+    if name == "gshard_top2":
+        weight_TE = weight_TE / weight_TE.sum(-1, keepdims=True)
+    return weight_TE
+
+
+@every_router
+def test_weights_and_their_gradient_are_the_papers(name: str) -> None:
+    _, dense_TE, _, _ = run(name, LOGITS_TE, ALL_T)
+    chosen_TE = np.asarray(dense_TE) > 0
+    cotangent_TE = jnp.asarray(RANDOM.normal(size=LOGITS_TE.shape), jnp.float32)
+
+    def ours(logits_TE):
+        return (run(name, logits_TE, ALL_T)[1] * cotangent_TE).sum()
+
+    def papers(logits_TE):
+        return (formula(name, logits_TE, chosen_TE) * cotangent_TE).sum()
+
+    np.testing.assert_allclose(dense_TE, formula(name, LOGITS_TE, chosen_TE), rtol=1e-6)
+    got, want = jax.grad(ours)(LOGITS_TE), jax.grad(papers)(LOGITS_TE)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert np.abs(want).max() > 0.01
+
+
+@every_router
+def test_scores_are_the_affinities_without_bias(name: str) -> None:
+    score = jax.nn.sigmoid if name == "loss_free" else jax.nn.softmax
+    np.testing.assert_allclose(run(name, LOGITS_TE, ALL_T)[0].scores_TE, score(LOGITS_TE), rtol=1e-6)
+
+
+@every_router
+def test_ties_go_to_the_lowest_index(name: str) -> None:
+    routing, dense_TE, _, _ = run(name, jnp.zeros_like(LOGITS_TE), ALL_T, jnp.zeros(EXPERTS))
+    chosen_TE = np.zeros((TOKENS, EXPERTS), bool)
+    if ROUTERS[name].chooses == "expert":
+        chosen_TE[:6] = True
+    else:
+        chosen_TE[:, : routing.token_N.shape[0] // TOKENS] = True
+    np.testing.assert_array_equal(np.asarray(dense_TE) > 0, chosen_TE)
+
+
+def test_combine_is_the_routing_written_out() -> None:
+    # Token 0 to experts 2 and 0, token 1 to expert 1, the fourth assignment nowhere (3 experts).
+    routing = Routing(
+        jnp.array([0, 0, 1, 1]),
+        jnp.array([2, 0, 1, 3]),
+        jnp.array([0.75, 0.25, 0.5, 0.5]),
+        jnp.array([0, 1, 0, 1]),
+        jnp.zeros((2, 3)),
+    )
+    assert combine_TE(routing).tolist() == [[0.25, 0.0, 0.75], [0.0, 0.5, 0.0]]
