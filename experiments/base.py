@@ -12,16 +12,16 @@ SCALES = ("smoke", "small")
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:
-    """The base: 8 SwiGLU experts in every second layer, top-1 of the FFN's own width, dropless."""
+    """The base: 8 SwiGLU experts of the dense network's width in every layer, top-2, dropless."""
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}; known: {', '.join(SCALES)}")
     config = default_config()
-    config.moe.every = 2
     config.optimizer.warmup = 20
     if scale == "smoke":
-        config.model.update(layers=4, dim=64, heads=4, ffn=256)
-        config.data.update(sequence=128, batch=16)
-        config.train.update(steps=200, log_every=10, eval_every=50, checkpoint_every=100)
+        config.model.update(layers=2, dim=64, heads=2, ffn=128)
+        config.data.update(sequence=64, batch=32)
+        config.optimizer.learning_rate = 6e-3
+        config.train.update(steps=250, log_every=10, eval_every=50, checkpoint_every=125)
     else:
         config.model.update(layers=6, dim=256, heads=8, ffn=1024, dtype="bfloat16")
         config.data.update(name="text", sequence=256, batch=64)

@@ -1,4 +1,5 @@
-"""`moejax VERB ...`: the same mains as `python -m moejax.VERB`, and how all of them report bad input."""
+"""`moejax VERB ...`: the same mains as `python -m moejax.VERB`, and how all of them report bad
+input."""
 
 import importlib
 import os
@@ -74,7 +75,8 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """Parse flags, call main, exit. Bad input is one line and exit code 2, before anything compiles.
+    """Parse flags, call main, exit. Bad input is one line and exit code 2, before anything
+    compiles.
 
     MOEJAX_TRACEBACK=1 shows where an error came from.
     """
@@ -98,7 +100,8 @@ def _unknown_key(text: str, argv: list[str]) -> str:
 
 
 def _reason(text: str) -> str:
-    """The last line of a traceback that absl wrapped into its message, without the exception's name."""
+    """The last line of a traceback that absl wrapped into its message, without the exception's
+    name."""
     if "Traceback (most recent call last)" not in text:
         return text
     return re.sub(r"^[\w.]+(Error|Exception): ", "", text.strip().splitlines()[-1])

@@ -1,7 +1,7 @@
-"""Train every variant of an experiment over seeds, then report: moejax compare experiments/routers.py:smoke
-
-A variant's run that is finished is not run again, one that was cut is resumed. Run some variants here
-and some on another machine (--variants), then `moejax report DIR DIR ...` joins them.
+"""Train every variant of an experiment over seeds, then report: moejax compare
+experiments/routers.py:smoke
+ A variant's run that is finished is not run again, one that was cut is resumed. Run some variants
+here and some on another machine (--variants), then `moejax report DIR DIR ...` joins them.
 """
 
 import dataclasses
@@ -82,7 +82,8 @@ def load_experiment(path: str) -> ModuleType:
 
 
 def plan(suite: Suite, base: ConfigDict, only: list[str]) -> dict[str, Config]:
-    """The checked configs of all runs by their folder, `VARIANT/seedK`, one seed of all variants first.
+    """The checked configs of all runs by their folder, `VARIANT/seedK`, one seed of all variants
+    first.
 
     Raises:
       ValueError: an unknown variant, or any variant whose config is wrong.

@@ -1,8 +1,8 @@
 """Configuration: an ml_collections ConfigDict at the edge, frozen dataclasses inside.
-
-Whatever is wrong fails here, in one line with the numbers and the fix, before anything compiles. The
-dataclasses are the one list of keys and defaults; `default_config` shows them as a ConfigDict, which
-experiment files edit and the command line overrides, and `Config.from_dict` checks what came back.
+ Whatever is wrong fails here, in one line with the numbers and the fix, before anything compiles.
+The dataclasses are the one list of keys and defaults; `default_config` shows them as a ConfigDict,
+which experiment files edit and the command line overrides, and `Config.from_dict` checks what came
+back.
 """
 
 import dataclasses
@@ -74,7 +74,8 @@ class ModelConfig:
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         _require(
             self.head_dim > 0 or self.dim % self.heads == 0,
-            f"model.dim={self.dim} is not divisible by model.heads={self.heads}; set model.head_dim",
+            f"model.dim={self.dim} is not divisible by model.heads={self.heads}; "
+            "set model.head_dim",
         )
         _require(
             self.heads % self.key_value_heads == 0,
@@ -138,7 +139,8 @@ class MoeConfig:
             value = getattr(self, name)
             _require(
                 value is None or (value > 0 and math.isfinite(value)),
-                f"moe.{name}={value} leaves no slot (capacity < 1); use a factor > 0, 1 = exactly enough",
+                f"moe.{name}={value} leaves no slot (capacity < 1); use a factor > 0, "
+                "1 = exactly enough",
             )
 
     def evaluation(self) -> "MoeConfig":
@@ -170,7 +172,8 @@ class RouterConfig:
 
     @property
     def k(self) -> int | None:
-        """Experts per token as configured, or the router's default; None where it has no such option."""
+        """Experts per token as configured, or the router's default; None where it has no such
+        option."""
         return {**hyperparameters(self.name), **dict(self.options)}.get("k")
 
 
@@ -303,7 +306,7 @@ class Config:
             )
         _require(
             moe.first_dense < self.model.layers,
-            f"moe.first_dense={moe.first_dense} leaves no layer of model.layers={self.model.layers}",
+            f"moe.first_dense={moe.first_dense} leaves none of model.layers={self.model.layers}",
         )
         rest = self.model.layers - moe.first_dense
         _require(
@@ -319,7 +322,8 @@ class Config:
                 _require(
                     k * size >= moe.experts,
                     f"expert_choice with groups={groups!r}: capacity k x tokens / experts = {k} x "
-                    f"{size} / {moe.experts} < 1; raise data.batch or router.k, or use fewer experts",
+                    f"{size} / {moe.experts} < 1; raise data.batch or router.k, or lower "
+                    "moe.experts",
                 )
         _ = self.choices  # traces the router once, so that what it refuses is refused here
 
@@ -331,7 +335,8 @@ class Config:
 
     @functools.cached_property
     def choices(self) -> float:
-        """Experts per token: assignments over tokens, N / T, of what the router returns; 0 if dense."""
+        """Experts per token: assignments over tokens, N / T, of what the router returns; 0 if
+        dense."""
         experts = self.moe.experts
         if not experts:
             return 0.0
@@ -348,8 +353,8 @@ class Config:
     def leaks(self) -> bool:
         """Whether training lets a token's output depend on later tokens of its sequence.
 
-        Expert choice does unless only one position competes; so does a binding capacity with K > 1 when
-        all first choices go before any second one.
+        Expert choice does unless only one position competes; so does a binding capacity with K > 1
+        when all first choices go before any second one.
         """
         if not self.moe.experts or self.moe.groups == "position":
             return False
@@ -374,17 +379,21 @@ class Config:
         fields = typing.get_type_hints(cls)
         for name, value in tree.items():
             _one_of("config key", name, fields)
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{name}={value!r} is a {type(value).__name__}, must be a section")
             if name == "router":
-                options = {k: _freeze(v) for k, v in value.items() if k != "name"}
-                sections[name] = RouterConfig(value.get("name", "topk"), tuple(options.items()))
+                sections[name] = _router(value)
             elif name == "balance":
-                sections[name] = tuple((key, float(weight)) for key, weight in value.items())
+                sections[name] = tuple(
+                    (key, _typed(f"balance.{key}", weight, float)) for key, weight in value.items()
+                )
             else:
                 sections[name] = _section(name, fields[name], value)
         return cls(**sections)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, as written to config.json; `from_dict` of it gives an equal config."""
+        """Nested plain values, as written to config.json; `from_dict` of it gives an equal
+        config."""
         tree = {name: dataclasses.asdict(getattr(self, name)) for name in _SECTIONS}
         tree["router"] = {"name": self.router.name, **dict(self.router.options)}
         tree["balance"] = dict(self.balance)
@@ -416,6 +425,17 @@ def router_config(name: str | Callable[..., Any], **options: Any) -> ConfigDict:
 
 def _freeze(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _router(values: Mapping[str, Any]) -> RouterConfig:
+    """An option has the type of its default; RouterConfig itself refuses one that is unknown."""
+    router = values.get("name", "topk")
+    defaults = hyperparameters(router)
+    options = {name: _freeze(value) for name, value in values.items() if name != "name"}
+    for name, value in options.items():
+        if isinstance(defaults.get(name), bool | int | float | str):
+            options[name] = _typed(f"router.{name}", value, type(defaults[name]))
+    return RouterConfig(router, tuple(options.items()))
 
 
 def _section(section: str, cls: type, values: Mapping[str, Any]) -> Any:

@@ -77,7 +77,8 @@ def router_input(
     if jitter and key is not None:
         key, noise = jax.random.split(key)
         x_TD = x_TD * jax.random.uniform(noise, x_TD.shape, minval=1 - jitter, maxval=1 + jitter)
-    # Full float32 products: TPUs and GPUs would otherwise multiply in bfloat16 or TF32 and flip choices.
+    # Full float32 products: TPUs and GPUs would otherwise multiply in bfloat16 or TF32 and flip
+    # choices.
     logits_TE = jnp.dot(x_TD, w_router_DE, precision=jax.lax.Precision.HIGHEST)
     return RouterInput(
         logits_TE,

@@ -1,4 +1,5 @@
-"""The dense oracle: every expert on every token, then a weighted sum. For tests and notebooks only."""
+"""The dense oracle: every expert on every token, then a weighted sum. For tests and notebooks
+only."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,8 @@ from moejax.dispatch import ACTIVATIONS, Experts, Plan
 
 
 def dense_moe(p: Experts, x_TD: jax.Array, weight_TE: jax.Array, activation: str) -> jax.Array:
-    """y_t = sum_e weight_te FFN_e(x_t), in float32, with the weights zero where an expert is not used."""
+    """y_t = sum_e weight_te FFN_e(x_t), in float32, with the weights zero where an expert is not
+    used."""
     function, gated = ACTIVATIONS[activation]
     x_TD, p = x_TD.astype(jnp.float32), jax.tree.map(lambda w: w.astype(jnp.float32), p)
     h_TEF = jnp.einsum("td,edf->tef", x_TD, p.w_in_EDF)

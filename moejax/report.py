@@ -1,4 +1,5 @@
-"""Tables, plots and verdicts of finished runs: moejax report runs/routers/smoke [DIR ...] [--to=DIR]"""
+"""Tables, plots and verdicts of finished runs: moejax report runs/routers/smoke [DIR ...]
+[--to=DIR]"""
 
 from pathlib import Path
 

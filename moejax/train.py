@@ -1,4 +1,5 @@
-"""Train one config: python -m moejax.train --config=experiments/switch.py:smoke --workdir=/tmp/switch"""
+"""Train one config: python -m moejax.train --config=experiments/switch.py:smoke
+--workdir=/tmp/switch"""
 
 import sys
 from pathlib import Path

@@ -14,10 +14,11 @@
 # %% [markdown]
 # # Prototype a router in ten lines, and train with it
 #
-# A router in moejax is a pure function: from what it sees of the tokens (`RouterInput`) to a list of
-# assignments (`Routing`). A function of your own works wherever a built-in one does: in the layer, in
-# training, on any mesh, in the report. Here is one that lets every token decide *how many* experts it
-# needs: it takes experts, best first, until their probabilities reach `p` (Huang et al. 2024, 2403.07652).
+# A router in moejax is a pure function: from what it sees of the tokens (`RouterInput`) to a list
+# of assignments (`Routing`). A function of your own works wherever a built-in one does: in the
+# layer, in training, on any mesh, in the report. Here is one that lets every token decide *how
+# many* experts it needs: it takes experts, best first, until their probabilities reach `p` (Huang
+# et al. 2024, 2403.07652).
 
 # %%
 import tempfile
@@ -37,8 +38,8 @@ from moejax.training.records import read_records
 # %% [markdown]
 # ## The router
 #
-# `token_choice` turns each token's list of experts into a `Routing`. An entry equal to the number of
-# experts means *nowhere*, so a token may list up to `k` experts and use fewer.
+# `token_choice` turns each token's list of experts into a `Routing`. An entry equal to the number
+# of experts means *nowhere*, so a token may list up to `k` experts and use fewer.
 
 
 # %%
@@ -54,8 +55,8 @@ def top_p(r: RouterInput, *, k: int = 4, p: float = 0.6):
 # %% [markdown]
 # ## What it does
 #
-# Twelve tokens, from undecided (left) to sure (right). The surer a token's router is, the fewer experts
-# the token gets. `combine_TE` is the routing as a dense matrix, for looking at.
+# Twelve tokens, from undecided (left) to sure (right). The surer a token's router is, the fewer
+# experts the token gets. `combine_TE` is the routing as a dense matrix, for looking at.
 
 # %%
 logits_TE = jax.random.normal(jax.random.key(0), (12, 8)) * jnp.linspace(0.3, 4.0, 12)[:, None]
@@ -72,9 +73,9 @@ print("experts per token:", (dense_TE > 0).sum(axis=1))
 # %% [markdown]
 # ## In a layer
 #
-# `moejax.MoE` is an ordinary Flax NNX module. The three ways to move tokens give the same result, and the
-# router gets a gradient, which is worth a look for every new router: a weight that is constant (top-1
-# renormalised to 1) would leave it without one.
+# `moejax.MoE` is an ordinary Flax NNX module. The three ways to move tokens give the same result,
+# and the router gets a gradient, which is worth a look for every new router: a weight that is
+# constant (top-1 renormalised to 1) would leave it without one.
 
 # %%
 model = ModelConfig(dim=32, ffn=64)
@@ -91,8 +92,8 @@ print("router's gradient norm:", float(jnp.linalg.norm(grads.w_router_DE[...])))
 # %% [markdown]
 # ## Train with it
 #
-# A config takes the function where it takes a name. Both runs see the same text, in the same order; the
-# text is the Python standard library, so nothing is downloaded.
+# A config takes the function where it takes a name. Both runs see the same text, in the same order;
+# the text is the Python standard library, so nothing is downloaded.
 
 
 # %%

@@ -1,4 +1,5 @@
-"""How every test runs: eight simulated devices, no silent broadcasting, the same examples each time."""
+"""How every test runs: eight simulated devices, no silent broadcasting, the same examples."""
+examples."""
 
 import os
 

@@ -27,7 +27,7 @@ def case(name: str) -> dict[str, Any]:
 
 
 def check(found: dict[str, Any], key: str, got: Any, want: Any = None) -> None:
-    """Asserts |got - want| <= tol max(1, |want|), with the case's own tolerance for the dotted key."""
+    """Asserts |got - want| <= tol max(1, |want|), tol being the case's own for the dotted key."""
     if want is None:
         want = functools.reduce(lambda tree, part: tree[part], key.split("."), found["expected"])
     tolerance = found["tolerance"].get(key, found["tolerance"]["default"])

@@ -41,14 +41,20 @@ WRONG = [
     ({"train__step": 8}, "unknown config key train.step; did you mean 'train.steps'"),
     ({"router__renormalize": True}, "no option 'renormalize'; did you mean 'renormalise'"),
     ({"router__name": "switch_"}, "unknown router 'switch_'; did you mean 'switch'"),
-    ({"balance": {"load_balnce": 0.1}}, "unknown balance loss 'load_balnce'; did you mean 'load_bal"),
+    (
+        {"balance": {"load_balnce": 0.1}},
+        "unknown balance loss 'load_balnce'; did you mean 'load_bal",
+    ),
     ({"balance": {"load_balance": -1.0}}, "balance.load_balance=-1.0 must not be negative"),
     # Unknown values.
     ({"model__activation": "swilu"}, "unknown model.activation 'swilu'; did you mean 'swiglu'"),
     ({"model__dtype": "float16"}, "unknown model.dtype 'float16'; did you mean"),
     ({"moe__dispatch": "droples"}, "unknown moe.dispatch 'droples'; did you mean 'dropless'"),
     ({"moe__groups": "seq"}, "unknown moe.groups 'seq'; .*known: batch, sequence, position"),
-    ({"moe__eval_groups": "positions"}, "unknown moe.eval_groups 'positions'; did you mean 'position'"),
+    (
+        {"moe__eval_groups": "positions"},
+        "unknown moe.eval_groups 'positions'; did you mean 'position'",
+    ),
     ({"router__order": "k_mayor"}, "unknown order 'k_mayor'"),
     ({"optimizer__name": "adam"}, "unknown optimizer.name 'adam'; did you mean 'adamw'"),
     ({"optimizer__schedule": "cosin"}, "unknown optimizer.schedule 'cosin'; did you mean 'cosine'"),
@@ -61,7 +67,10 @@ WRONG = [
     ({"moe__capacity_factor": "1"}, "moe.capacity_factor='1' is a str, must be float or NoneType"),
     ({"router__k": 2.5}, "router.k=2.5 is a float, must be int"),
     ({"router__renormalise": "no"}, "router.renormalise='no' is a str, must be bool"),
-    ({"balance": {"load_balance": "a lot"}}, "balance.load_balance='a lot' is a str, must be float"),
+    (
+        {"balance": {"load_balance": "a lot"}},
+        "balance.load_balance='a lot' is a str, must be float",
+    ),
     ({"model": 4}, "model=4 is a int, must be a section"),
     ({"router": "topk"}, "router='topk' is a str, must be a section"),
     # Numbers that do not fit together.
@@ -80,7 +89,10 @@ WRONG = [
     ({"moe__capacity_factor": 0.0}, r"moe.capacity_factor=0.0 leaves no slot \(capacity < 1\)"),
     ({"moe__eval_capacity_factor": -1.0}, "moe.eval_capacity_factor=-1.0 leaves no slot"),
     ({"moe__capacity_factor": float("nan")}, "moe.capacity_factor=nan leaves no slot"),
-    ({"data__batch": 15, "train__accumulation": 2}, "data.batch=15 is not divisible by train.accum"),
+    (
+        {"data__batch": 15, "train__accumulation": 2},
+        "data.batch=15 is not divisible by train.accum",
+    ),
     ({"train__steps": 0}, "train.steps=0 must be at least 1"),
     ({"optimizer__learning_rate": 0.0}, "optimizer.learning_rate=0.0 must be above 0"),
     ({"optimizer__decay_fraction": 0.0}, r"optimizer.decay_fraction=0.0 must be in \(0, 1\]"),
@@ -132,7 +144,9 @@ def test_round_trip(name: str) -> None:
     config.balance.load_balance = 0.01
     checked = Config.from_dict(config)
     assert Config.from_dict(checked.to_dict()) == checked
-    written = json.loads(json.dumps(checked.to_dict()))  # as in config.json: tuples come back as lists
+    written = json.loads(
+        json.dumps(checked.to_dict())
+    )  # as in config.json: tuples come back as lists
     again = Config.from_dict(written)
     assert again == checked and hash(again) == hash(checked)
     assert again != Config.from_dict(default_config())
@@ -182,9 +196,15 @@ def test_a_function_as_router_is_checked_like_a_name() -> None:
 
 def test_override_sets_dotted_keys_on_a_copy() -> None:
     config = default_config()
-    changed = override(config, {"router.name": "loss_free", "router.bias_rate": 0.1, "moe.every": 2})
+    changed = override(
+        config, {"router.name": "loss_free", "router.bias_rate": 0.1, "moe.every": 2}
+    )
     assert isinstance(changed, ConfigDict)
-    assert changed.router.to_dict() == {"name": "loss_free", **hyperparameters("loss_free"), "bias_rate": 0.1}
+    assert changed.router.to_dict() == {
+        "name": "loss_free",
+        **hyperparameters("loss_free"),
+        "bias_rate": 0.1,
+    }
     assert (changed.moe.every, config.moe.every, config.router.name) == (2, 1, "topk")
     for key, message in (
         ("moe.evry", "unknown key of moe 'evry'; did you mean 'every'"),

@@ -27,7 +27,7 @@ def only_for_types(node: ast.AST) -> bool:
 
 
 def imported(path: pathlib.Path) -> set[str]:
-    """Every module that a file imports at run time, in full, wherever in the file the import stands."""
+    """Every module that a file imports at run time, in full, wherever the import stands."""
     found: set[str] = set()
     waiting: list[ast.AST] = [ast.parse(path.read_text())]
     while waiting:

@@ -1,7 +1,7 @@
 """The TFDS side: our dataset builder, and reading records of a prepared dataset.
-
-Everything here is array_record, which TFDS reads and writes without TensorFlow (its default, tfrecord,
-needs it). Imported only when something has to be prepared: tensorflow_datasets takes half a second.
+ Everything here is array_record, which TFDS reads and writes without TensorFlow (its default,
+tfrecord, needs it). Imported only when something has to be prepared: tensorflow_datasets takes half
+a second.
 
 The builder is an ordinary one: `tfds.builder("moejax_text/stdlib", file_format="array_record")`.
 """
@@ -88,7 +88,8 @@ def build(directory: Path, source: Source, share: float, limit: int, progress: b
 def download(name: str, data_dir: Path, progress: bool) -> None:
     """Downloads and prepares one of TFDS's own datasets under data_dir/tfds; c4 takes days.
 
-    Raises ConnectionError where there is no network: TFDS would retry for minutes before it says so.
+    Raises ConnectionError where there is no network: TFDS would retry for minutes before it says
+    so.
     """
     try:
         urllib.request.urlopen(PROBE, timeout=PROBE_SECONDS).close()

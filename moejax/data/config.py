@@ -21,8 +21,8 @@ class DataConfig:
       installed package of the extra `text`), or a prepared TFDS corpus: "lm1b", "c4", "wikipedia",
       with a TFDS config where it has some ("wikipedia/20230601.en").
     tokenizer: "bytes" or "bpe:N" (byte-level BPE of N ids, trained once on the training split).
-    sequence: tokens in a row. batch: rows in a global batch.
-    validation: share of the documents held out, by a hash of each document's name. TFDS corpora that
+    sequence: tokens in a row. batch: rows in a global batch. validation: share of the documents
+    held out, by a hash of each document's name. TFDS corpora that
       come with a held-out split use that one.
     domains: the domains to read, () for all.
     data_dir: where prepared data goes; "" means $MOEJAX_DATA_DIR, or ~/.cache/moejax.

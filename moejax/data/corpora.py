@@ -42,7 +42,8 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Text of one origin. `read` walks `files(root)`; a change in their bytes changes `signature`."""
+    """Text of one origin. `read` walks `files(root)`; a change in their bytes changes
+    `signature`."""
 
     name: str
     domains: tuple[str, ...]
@@ -67,7 +68,8 @@ class Source:
         return digest.hexdigest()
 
     def documents(self, limit: int = 0) -> list[Document]:
-        """Reads the documents, without repeats inside a domain and at most `limit` of each (0: all).
+        """Reads the documents, without repeats inside a domain and at most `limit` of each (0:
+        all).
 
         Raises FileNotFoundError where it is not installed, ValueError where a file does not read.
         """

@@ -1,7 +1,6 @@
 """Batches of a corpus: an endless shuffled order for training, a fixed one for validation.
-
-Row r of the training order is a function of (seed, r) alone. So the whole state of the iterator is the
-number of rows consumed, and the stream does not depend on how many processes read it.
+ Row r of the training order is a function of (seed, r) alone. So the whole state of the iterator is
+the number of rows consumed, and the stream does not depend on how many processes read it.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ PREFETCHED_BATCHES = 8
 def open_dataset(config: DataConfig, progress: bool = True) -> TextDataset:
     """Opens the corpus of a config, preparing it on first use; `progress` shows that on stderr.
 
-    Raises FileNotFoundError where a corpus is not there, ValueError where its domains, its documents or
-    its windows do not fit the config; one line each, with the numbers and what to do.
+    Raises FileNotFoundError where a corpus is not there, ValueError where its domains, its
+    documents or its windows do not fit the config; one line each, with the numbers and what to do.
     """
     data_dir = storage.data_directory(config.data_dir)
     corpora = open_corpora(config, data_dir)
@@ -60,9 +59,9 @@ class TextDataset:
     """Packed text with its batches. Made by open_dataset.
 
     vocab_size: ids of the tokeniser. bytes_V: float32, bytes of text each id stands for (0 for the
-    separator). domains: what domain_B counts. windows: {split: its rows by number}.
-    sizes: {split: {domain: {documents, bytes, tokens, windows}}}. fingerprint: changes with any token,
-    the tokeniser, the sequence or the split.
+    separator). domains: what domain_B counts. windows: {split: its rows by number}. sizes: {split:
+    {domain: {documents, bytes, tokens, windows}}}. fingerprint: changes with any token, the
+    tokeniser, the sequence or the split.
     """
 
     def __init__(
@@ -106,7 +105,8 @@ class TextDataset:
         windows = len(self.windows[TRAIN])
         if windows < self.config.batch:
             raise ValueError(
-                f"{windows} training windows of {self.config.sequence} tokens do not fill one batch "
+                f"{windows} training windows of {self.config.sequence} tokens do not fill one "
+                "batch "
                 f"of {self.config.batch}; lower batch or sequence, or raise max_documents"
             )
 
@@ -132,7 +132,8 @@ class TextDataset:
     ) -> Batch:
         """Returns this process's rows of the global batch that begins at row `position`.
 
-        Processes take contiguous shares, in order: their rows one after another are the global batch.
+        Processes take contiguous shares, in order: their rows one after another are the global
+          batch.
         batch: rows of the global batch, 0 for the config's.
         """
         steps = self._steps(position, seed, batch, process_index, process_count)
@@ -217,7 +218,8 @@ def process_share(batch: int, process_index: int, process_count: int) -> slice:
 
 
 class _Steps(Sequence[tuple[Batch, int]]):
-    """Element k: one process's rows of the k-th batch from `position` on, and the position after."""
+    """Element k: one process's rows of the k-th batch from `position` on, and the position
+    after."""
 
     def __init__(
         self, windows: Windows, order: Any, position: int, batch: int, share: slice

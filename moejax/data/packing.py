@@ -49,8 +49,8 @@ Streams = dict[tuple[str, str], Stream]  # (split, domain)
 def open_tokenizer(kind: str, corpora: list[Prepared], data_dir: Path, progress: bool) -> Tokenizer:
     """Returns the tokeniser "bytes" or "bpe:N", training the latter if it is not cached.
 
-    It is trained on the training split of every domain, also of those that a run leaves out, so that
-    runs on different domains of one corpus compare.
+    It is trained on the training split of every domain, also of those that a run leaves out, so
+    that runs on different domains of one corpus compare.
     """
     size = bpe_size(kind)
     if not size:
@@ -105,7 +105,8 @@ def read_streams(directory: Path) -> Streams | None:
 
 
 def write_streams(directory: Path, corpus: Prepared, tokenizer: Tokenizer, progress: bool) -> None:
-    """Encodes every document of a corpus into one file for each split and domain; describes them last."""
+    """Encodes every document of a corpus into one file for each split and domain; describes them
+    last."""
     rows = [
         row
         for split in SPLITS

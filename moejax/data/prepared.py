@@ -1,7 +1,7 @@
-"""Where the documents of a corpus are: our TFDS datasets, built when needed, and prepared standard ones.
-
-A standard corpus is only ever opened from a copy on disk. Asked to prepare one without a network, TFDS
-retries for minutes; so a missing copy is an error that says what to run.
+"""Where the documents of a corpus are: our TFDS datasets, built when needed, and prepared standard
+ones.
+ A standard corpus is only ever opened from a copy on disk. Asked to prepare one without a network,
+TFDS retries for minutes; so a missing copy is an error that says what to run.
 """
 
 from __future__ import annotations
@@ -138,8 +138,10 @@ def find_copy(name: str, data_dir: Path) -> Path:
         wanted = EXAMPLE_CONFIG.get(base, base) if name == base else name
         reasons = "".join(f" ({path} {defect(path)})" for path in found[:1])
         raise FileNotFoundError(
-            f"corpus {name!r} is not prepared in {', '.join(map(str, places))}{reasons}; on a machine "
-            f"with network run: python -m moejax.data --name={wanted} --download --data_dir={data_dir}"
+            f"corpus {name!r} is not prepared in {', '.join(map(str, places))}{reasons}; on a "
+            "machine "
+            f"with network run: python -m moejax.data --name={wanted} --download "
+            f"--data_dir={data_dir}"
         )
     configs = {configuration(path, base) for path in whole}
     if len(configs) > 1:
@@ -148,7 +150,8 @@ def find_copy(name: str, data_dir: Path) -> Path:
 
 
 def configuration(directory: Path, base: str) -> str:
-    """Returns "wikipedia/20230601.en" for .../wikipedia/20230601.en/1.0.0, "lm1b" for .../lm1b/1.1.0."""
+    """Returns "wikipedia/20230601.en" for .../wikipedia/20230601.en/1.0.0, "lm1b" for
+    .../lm1b/1.1.0."""
     parent = directory.parent.name
     return base if parent == base else f"{base}/{parent}"
 

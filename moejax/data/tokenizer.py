@@ -1,4 +1,5 @@
-"""Text to token ids and back: bytes, or byte-level BPE. Id 0 separates documents and stands for no text.
+"""Text to token ids and back: bytes, or byte-level BPE. Id 0 separates documents and stands for no
+text.
 
 Each tokeniser knows how many bytes each id stands for, so that losses compare in bits per byte.
 """
@@ -23,7 +24,8 @@ TRAINING_BYTES = 100_000_000  # BPE merges settle long before
 
 
 class Tokenizer(Protocol):
-    """identity: changes when any text would be cut otherwise. bytes_V: float32, bytes of each id."""
+    """identity: changes when any text would be cut otherwise. bytes_V: float32, bytes of each
+    id."""
 
     vocab_size: int
     dtype: np.dtype
@@ -103,7 +105,8 @@ def byte_alphabet() -> list[str]:
 
 
 def train_bpe(texts: Iterable[bytes], vocab_size: int, file: Path, progress: bool) -> None:
-    """Trains byte-level BPE on the first 100 MB of the texts and writes it to `file`. Deterministic."""
+    """Trains byte-level BPE on the first 100 MB of the texts and writes it to `file`.
+    Deterministic."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -23,8 +23,9 @@ class Batch(NamedTuple):
     targets_BS: int32, the next token of each input.
     segment_BS: int32, number of the document inside the row; attention stays inside a document.
       A separator belongs to the document that it ends.
-    position_BS: int32, position inside the document, counted from where the row or the document begins.
-    valid_BS: bool, True where the target counts: not in padding, and not a document's first token,
+    position_BS: int32, position inside the document, counted from where the row or the document
+    begins. valid_BS: bool, True where the target counts: not in padding, and not a document's first
+    token,
       which nothing before it predicts. A separator as a target counts: it ends a document.
     domain_B: int32, index into TextDataset.domains; -1 for a row that is padding.
     """
@@ -87,8 +88,8 @@ def masked(window_BT: np.ndarray, domain_B: np.ndarray) -> Batch:
 def balanced_order(count_D: np.ndarray, limit: int = 0) -> np.ndarray:
     """Returns window numbers [rows], the domains taking turns until one has no more.
 
-    limit: how many rows at most, 0 for all. The windows of a domain are taken at even distances, so a
-    limit does not mean its first documents only.
+    limit: how many rows at most, 0 for all. The windows of a domain are taken at even distances, so
+    a limit does not mean its first documents only.
     """
     share_D = np.array(shares(count_D, limit))
     first_D = np.cumsum(count_D) - count_D

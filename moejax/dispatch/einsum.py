@@ -1,4 +1,5 @@
-"""Dispatch by one-hot einsum: the 2020 reference (GShard, 2006.16668). Clear, and slow: T x E x C."""
+"""Dispatch by one-hot einsum: the 2020 reference (GShard, 2006.16668). Clear, and slow: T x E x
+C."""
 
 import jax
 import jax.numpy as jnp

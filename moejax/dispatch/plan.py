@@ -1,9 +1,8 @@
 """From a routing to a plan: who fits. The one place where capacity is applied.
-
-Groups: capacity, and an expert's choice among tokens, hold within a *group* of tokens. 'batch': all
-tokens of the batch; 'sequence': each sequence on its own; 'position': the tokens at one position of all
-sequences. Group g owns the slots [g C, (g+1) C) of every expert's buffer, so that dispatch knows nothing
-of groups.
+ Groups: capacity, and an expert's choice among tokens, hold within a *group* of tokens. 'batch':
+all tokens of the batch; 'sequence': each sequence on its own; 'position': the tokens at one
+position of all sequences. Group g owns the slots [g C, (g+1) C) of every expert's buffer, so that
+dispatch knows nothing of groups.
 """
 
 import dataclasses
@@ -25,7 +24,8 @@ class Plan:
     Attributes:
       token_N: int32.
       expert_N: int32; num_experts = nowhere (dropped, or never assigned).
-      weight_N: float32, 0 where nowhere. The weights of a token's other choices are not renormalised.
+      weight_N: float32, 0 where nowhere. The weights of a token's other choices are not
+        renormalised.
       slot_N: int32, the place in the expert's buffer of groups x C slots; distinct per expert.
       load_E: int32, kept assignments per expert.
       order_N: int32, the permutation that sorts the assignments by expert; those nowhere come last.
@@ -56,7 +56,8 @@ def merge_groups(a_G: jax.Array, groups: str) -> jax.Array:
 
 
 def route(router: RouterFn, r: RouterInput, sequences: int, groups: str) -> Routing:
-    """The router applied to each group; its assignments, listed group by group, in global token ids."""
+    """The router applied to each group; its assignments, listed group by group, in global token
+    ids."""
     num_tokens = r.logits_TE.shape[0]
     token_G = split_groups(jnp.arange(num_tokens, dtype=jnp.int32), sequences, groups)
     in_groups = r._replace(
@@ -80,9 +81,9 @@ def route(router: RouterFn, r: RouterInput, sequences: int, groups: str) -> Rout
 def capacity(factor: float | None, assignments: int, num_experts: int, tokens: int) -> int:
     """Slots of one expert for one group: C = ceil(factor x assignments / experts).
 
-    A factor of 1 is exactly enough at perfect balance, whatever K is. (Mesh TensorFlow and its heirs
-    quote factors without K: their top-2 at 2.0 is 1.0 here.) None = as many as there are tokens: nothing
-    is ever dropped.
+    A factor of 1 is exactly enough at perfect balance, whatever K is. (Mesh TensorFlow and its
+    heirs quote factors without K: their top-2 at 2.0 is 1.0 here.) None = as many as there are
+    tokens: nothing is ever dropped.
 
     Raises:
       ValueError: factor not above 0.
@@ -97,7 +98,8 @@ def capacity(factor: float | None, assignments: int, num_experts: int, tokens: i
 
 
 def make_plan(routing: Routing, capacity_factor: float | None, groups: int = 1) -> Plan:
-    """Walk each group's assignments in order; each takes the next slot of its expert while one is free.
+    """Walk each group's assignments in order; each takes the next slot of its expert while one is
+    free.
 
     Args:
       routing: N assignments, N / groups for each group, listed group by group.
@@ -107,8 +109,8 @@ def make_plan(routing: Routing, capacity_factor: float | None, groups: int = 1) 
     num_tokens, num_experts = routing.scores_TE.shape
     num = routing.token_N.shape[0]
     room = capacity(capacity_factor, num // groups, num_experts, num_tokens // groups)
-    # Sorted by (expert, group) and, the sort being stable, by priority. An assignment's rank in its run
-    # is the number of earlier assignments to the same expert of the same group.
+    # Sorted by (expert, group) and, the sort being stable, by priority. An assignment's rank in its
+    # run is the number of earlier assignments to the same expert of the same group.
     group_N = jnp.arange(num, dtype=jnp.int32) // (num // groups)
     bucket_N = jnp.where(
         routing.expert_N < num_experts, routing.expert_N * groups + group_N, num_experts * groups

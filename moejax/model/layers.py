@@ -1,7 +1,7 @@
-"""The parts of a transformer that have nothing to do with experts: norm, attention, dense feed-forward.
-
-Parameters are float32 and named by their axes; the last part of a name is what `moejax.sharding` looks
-up. Matmuls run in the model's compute dtype.
+"""The parts of a transformer that have nothing to do with experts: norm, attention, dense
+feed-forward.
+ Parameters are float32 and named by their axes; the last part of a name is what `moejax.sharding`
+looks up. Matmuls run in the model's compute dtype.
 """
 
 import jax
@@ -18,7 +18,8 @@ def initial(
     inputs: tuple[int, ...],
     scale: float,
 ) -> nnx.Param:
-    """Truncated normal of variance scale / fan-in, cut at 2 sd; `inputs` are the axes summed over."""
+    """Truncated normal of variance scale / fan-in, cut at 2 sd; `inputs` are the axes summed
+    over."""
     fan_in = 1
     for axis in inputs:
         fan_in *= shape[axis]
@@ -51,7 +52,8 @@ def rope(x_BSHA: jax.Array, position_BS: jax.Array, theta: float) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention inside each document. Axes: A = width of a head, G = kv heads."""
+    """Causal grouped-query attention inside each document. Axes: A = width of a head, G = kv
+    heads."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.config = config

@@ -18,12 +18,12 @@ class MoE(nnx.Module):
 
     A drop-in for a dense FFN of someone else's model:
 
-        layer = moejax.MoE(ModelConfig(dim=512, ffn=2048), MoeConfig(experts=8), "topk", rngs=nnx.Rngs(0))
-        y_BSD, stats = layer(x_BSD)
+        layer = moejax.MoE(ModelConfig(dim=512, ffn=2048), MoeConfig(experts=8), "topk",
+        rngs=nnx.Rngs(0)) y_BSD, stats = layer(x_BSD)
 
-    The forward pass writes nothing: the router's state goes in as `state`, the loads come out in `stats`;
-    add `balance_losses(stats, ...)` to the loss, and call `layer.router.update(state, stats.load_E)` once
-    per optimizer step where the router has a state (`layer.init_state()`).
+    The forward pass writes nothing: the router's state goes in as `state`, the loads come out in
+    `stats`; add `balance_losses(stats, ...)` to the loss, and call `layer.router.update(state,
+    stats.load_E)` once per optimizer step where the router has a state (`layer.init_state()`).
 
     Args:
       model: dim, ffn, activation, init_scale and dtype are used.
@@ -68,7 +68,8 @@ class MoE(nnx.Module):
         key: jax.Array | None = None,
         state: Any = None,
     ) -> tuple[jax.Array, MoeStats]:
-        """y_BSD in x's dtype and this layer's `MoeStats`; the arguments are those of `moejax.moe.moe`."""
+        """y_BSD in x's dtype and this layer's `MoeStats`; the arguments are those of
+        `moejax.moe.moe`."""
         valid_BS = jnp.ones(x_BSD.shape[:2], bool) if valid_BS is None else valid_BS
         experts = Experts(self.w_in_EDF[...], self.w_out_EFD[...], None)
         if self.w_gate_EDF is not None:

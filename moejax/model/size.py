@@ -16,8 +16,8 @@ class Size(NamedTuple):
     Attributes:
       total: parameters.
       active: parameters that work on one token: everything but the experts it does not visit.
-      flops: floating-point operations per token, forward and backward: 6 for each active weight of a
-        matmul (the embedding is a look-up) and the attention scores over the whole row.
+      flops: floating-point operations per token, forward and backward: 6 for each active weight of
+        a matmul (the embedding is a look-up) and the attention scores over the whole row.
     """
 
     total: int

@@ -1,4 +1,5 @@
-"""A decoder-only transformer whose feed-forward layers may have experts, scanned over its layers."""
+"""A decoder-only transformer whose feed-forward layers may have experts, scanned over its
+layers."""
 
 from typing import Any, NamedTuple
 
@@ -87,7 +88,8 @@ def stacked_units(config: Config, kinds: tuple[str, ...], keys_LU: jax.Array) ->
 
 
 class Transformer(nnx.Module):
-    """The model as an object: `logits_BSV, stats = Transformer(config, vocab_size, rngs)(tokens_BS)`.
+    """The model as an object: `logits_BSV, stats = Transformer(config, vocab_size,
+    rngs)(tokens_BS)`.
 
     Args:
       config: the run's config; model, moe and router are used.
@@ -136,7 +138,8 @@ class Transformer(nnx.Module):
           router_state: the routers' states with a leading axis over MoE layers, or None.
 
         Returns:
-          logits_BSV float32, and `MoeStats` with a leading axis over MoE layers; None if there are none.
+          logits_BSV float32, and `MoeStats` with a leading axis over MoE layers; None if there are
+          none.
         """
         context = self._context(token_BS, segment_BS, position_BS, valid_BS)
         dtype = jnp.dtype(self.config.model.dtype)

@@ -1,7 +1,6 @@
 """Balance losses, each with its normalisation in its name and its docstring.
-
-A loss is a function of one layer's `MoeStats`: sums over the whole global batch, all microbatches and
-devices included. It is 1 at perfect balance (router_z: no such value); a training loss adds
+ A loss is a function of one layer's `MoeStats`: sums over the whole global batch, all microbatches
+and devices included. It is 1 at perfect balance (router_z: no such value); a training loss adds
 weight x mean over MoE layers. Gradients flow through the probabilities, never through the counts.
 """
 
@@ -50,7 +49,8 @@ BALANCE_LOSSES: dict[str, Callable[[MoeStats], jax.Array]] = {
 
 
 def balance_losses(stats: MoeStats, weights: dict[str, float]) -> dict[str, jax.Array]:
-    """Each loss of non-zero weight, unweighted, as its mean over the leading layer axis of `stats`."""
+    """Each loss of non-zero weight, unweighted, as its mean over the leading layer axis of
+    `stats`."""
     return {
         name: jax.vmap(BALANCE_LOSSES[name])(stats).mean()
         for name, weight in weights.items()

@@ -1,4 +1,5 @@
-"""Expert choice: every expert takes its C best tokens, so balance is exact and tokens may be left out."""
+"""Expert choice: every expert takes its C best tokens, so balance is exact and tokens may be left
+out."""
 
 import math
 
@@ -9,13 +10,14 @@ from moejax.routing.types import RouterInput, Routing
 
 
 def expert_choice(r: RouterInput, *, k: int = 2) -> Routing:
-    """Each expert takes the C = ceil(k T / E) tokens that like it best (Zhou et al. 2022, 2202.09368).
+    """Each expert takes the C = ceil(k T / E) tokens that like it best (Zhou et al. 2022,
+    2202.09368).
 
-    The softmax runs over experts, the choice over tokens; the weight is the raw probability. k is the
-    mean number of experts per token (the paper's capacity factor c). Which tokens compete is the group
-    (`moe.groups`): with 'batch' or 'sequence' a token's place depends on *later* tokens, so a decoder
-    trained so sees the future; with 'position' only tokens at one position of different sequences
-    compete, which is causal (Krajewski et al. 2024, 2402.07871).
+    The softmax runs over experts, the choice over tokens; the weight is the raw probability. k is
+    the mean number of experts per token (the paper's capacity factor c). Which tokens compete is
+    the group (`moe.groups`): with 'batch' or 'sequence' a token's place depends on *later* tokens,
+    so a decoder trained so sees the future; with 'position' only tokens at one position of
+    different sequences compete, which is causal (Krajewski et al. 2024, 2402.07871).
 
     Raises:
       ValueError: fewer than E / k tokens in the group, or k > E.
@@ -23,7 +25,8 @@ def expert_choice(r: RouterInput, *, k: int = 2) -> Routing:
     num_tokens, num_experts = r.logits_TE.shape
     if k * num_tokens < num_experts:
         raise ValueError(
-            f"expert_choice: capacity k x tokens / experts = {k} x {num_tokens} / {num_experts} < 1; "
+            f"expert_choice: capacity k x tokens / experts = {k} x {num_tokens} / {num_experts} < "
+            "1; "
             f"each group needs at least {math.ceil(num_experts / k)} tokens"
         )
     if k > num_experts:

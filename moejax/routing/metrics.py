@@ -1,8 +1,7 @@
 """What one forward pass says about its routing: sums over tokens, and the figures made from them.
-
-Every field of `MoeStats` is a sum, so the statistics of two microbatches, or of two devices, add up to
-those of the whole batch. Balance losses and router-state updates are functions of these sums: that is
-why they do not depend on how a batch was cut.
+ Every field of `MoeStats` is a sum, so the statistics of two microbatches, or of two devices, add
+up to those of the whole batch. Balance losses and router-state updates are functions of these sums:
+that is why they do not depend on how a batch was cut.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,7 +25,8 @@ class MoeStats(NamedTuple):
       kept_E: int32, assignments per expert after dropping.
       dropped_K: int32, assignments dropped by rank of choice.
       left_behind: int32, tokens that no expert worked on.
-      prob_E: float32, sum over tokens of the scores divided by their sum over experts; differentiable.
+      prob_E: float32, sum over tokens of the scores divided by their sum over experts;
+        differentiable.
       z: float32, sum of logsumexp(logits)^2; differentiable.
       entropy: float32, sum over tokens of the entropy of those probabilities, in nats.
     """
@@ -73,7 +73,8 @@ def moe_stats(r: RouterInput, routing: Routing, plan: "Plan") -> MoeStats:
 
 
 def max_vio(load_E: jax.Array) -> jax.Array:
-    """Maximal violation max n / mean n - 1 over the last axis; 0 at balance (Wang et al. 2024, eq. 4)."""
+    """Maximal violation max n / mean n - 1 over the last axis; 0 at balance (Wang et al. 2024, eq.
+    4)."""
     load_E = load_E.astype(jnp.float32)
     return load_E.max(-1) / jnp.maximum(load_E.mean(-1), 1e-9) - 1.0
 
@@ -85,7 +86,8 @@ def coefficient_of_variation(load_E: jax.Array) -> jax.Array:
 
 
 def normalised_entropy(load_E: jax.Array) -> jax.Array:
-    """Entropy of the load over ln E, over the last axis: 1 at balance, 0 when one expert has all."""
+    """Entropy of the load over ln E, over the last axis: 1 at balance, 0 when one expert has
+    all."""
     load_E = load_E.astype(jnp.float32)
     share_E = load_E / jnp.maximum(load_E.sum(-1, keepdims=True), 1e-9)
     entropy = -(share_E * jnp.log(jnp.where(share_E > 0, share_E, 1.0))).sum(-1)
@@ -96,9 +98,10 @@ def figures(stats: MoeStats) -> dict[str, jax.Array]:
     """The figures that a training log shows, from statistics with a leading layer axis [L, ...].
 
     Returns:
-      max_vio, load_entropy, router_entropy, dead: means over layers; busiest: the share of its layer's
-      tokens that the busiest expert of all gets; drop, left_behind: shares over all layers; drop_k [K]: the share of each rank of choice that was dropped, per valid token; load_LE:
-      each layer's share of assignments per expert.
+      max_vio, load_entropy, router_entropy, dead: means over layers; busiest: the share of its
+        layer's tokens that the busiest expert of all gets; drop, left_behind: shares over all
+        layers; drop_k [K]: the share of each rank of choice that was dropped, per valid token;
+        load_LE: each layer's share of assignments per expert.
     """
     num_experts = stats.load_E.shape[-1]
     # In float32: summed over its layers, a large batch's assignments pass 2**31.

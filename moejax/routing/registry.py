@@ -1,4 +1,5 @@
-"""`ROUTERS`: the catalogue by name, and `make_router`, which turns a name or a function into a `Router`."""
+"""`ROUTERS`: the catalogue by name, and `make_router`, which turns a name or a function into a
+`Router`."""
 
 import functools
 import inspect
@@ -15,11 +16,13 @@ from moejax.routing.types import RouterFn, Routing
 
 
 class RouterSpec(NamedTuple):
-    """A catalogue entry: the pure function, the state rule it may need, and what a reader asks first.
+    """A catalogue entry: the pure function, the state rule it may need, and what a reader asks
+    first.
 
     Attributes:
       route: (RouterInput, *, hyper-parameters) -> Routing.
-      update: (state, load_E, *, hyper-parameters) -> state, once per optimizer step; None = no state.
+      update: (state, load_E, *, hyper-parameters) -> state, once per optimizer step; None = no
+        state.
       init: num_experts -> the state of one layer at step 0.
       chooses: 'token' or 'expert': who picks whom.
       weight: the score, and whether it is raw or renormalised.
@@ -86,7 +89,8 @@ class Router(NamedTuple):
 
 
 def hyperparameters(router: str | RouterFn) -> dict[str, Any]:
-    """The options of a router by name, or of a function, with their defaults, as a config shows them.
+    """The options of a router by name, or of a function, with their defaults, as a config shows
+    them.
 
     Raises:
       ValueError: unknown router.

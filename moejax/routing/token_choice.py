@@ -1,4 +1,5 @@
-"""Routers in which every token chooses its experts. Each is one screen; the paper stands above it."""
+"""Routers in which every token chooses its experts. Each is one screen; the paper stands above
+it."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +8,11 @@ from moejax.routing.types import RouterInput, Routing, token_choice
 
 
 def switch(r: RouterInput, *, k: int = 1) -> Routing:
-    """Switch: the best expert, weighed by its raw probability (Fedus et al. 2021, 2101.03961, eq. 2).
+    """Switch: the best expert, weighed by its raw probability (Fedus et al. 2021, 2101.03961, eq.
+    2).
 
-    The weight stays raw: renormalised over one choice it would be the constant 1, and the router would
-    get no gradient. The paper's input jitter acts before the router's matmul (`moe.jitter`).
+    The weight stays raw: renormalised over one choice it would be the constant 1, and the router
+    would get no gradient. The paper's input jitter acts before the router's matmul (`moe.jitter`).
 
     Raises:
       ValueError: k other than 1.
@@ -25,8 +27,8 @@ def topk(
 ) -> Routing:
     """Softmax over all experts, then the K best.
 
-    raw (OLMoE, Muennighoff et al. 2024, 2409.02060), or renormalised to sum to 1, which equals a softmax
-    over the K chosen logits (Mixtral, Jiang et al. 2024, 2401.04088).
+    raw (OLMoE, Muennighoff et al. 2024, 2409.02060), or renormalised to sum to 1, which equals a
+    softmax over the K chosen logits (Mixtral, Jiang et al. 2024, 2401.04088).
 
     Raises:
       ValueError: k = 1 renormalised, whose router gradient is zero.
@@ -45,9 +47,10 @@ def topk(
 def gshard_top2(r: RouterInput, *, k: int = 2, second: str = "random") -> Routing:
     """GShard: the best expert, and the second with a probability that grows with its weight.
 
-    Lepikhin et al. 2020, 2006.16668, algorithm 1. Weights sum to 1, taken before anything drops; all
-    first choices come before any second choice. In training a second choice of weight w2 is kept with
-    probability min(1, 2 w2); one refused by the coin takes no slot. Evaluation keeps them all.
+    Lepikhin et al. 2020, 2006.16668, algorithm 1. Weights sum to 1, taken before anything drops;
+    all first choices come before any second choice. In training a second choice of weight w2 is
+    kept with probability min(1, 2 w2); one refused by the coin takes no slot. Evaluation keeps them
+    all.
 
     Args:
       r: the router's input; `key` None keeps every second choice.
@@ -78,9 +81,9 @@ def loss_free(
 ) -> Routing:
     """Auxiliary-loss-free balancing: a bias decides who is chosen, never how much it counts.
 
-    Wang et al. 2024, 2408.15664: s = sigmoid(logits); choose TopK(s + b); weight = s, or s divided by
-    the sum of the chosen s (DeepSeek-V3, 2412.19437). The bias is the router's state, moved once per
-    optimizer step by `sign_update`, and has no gradient.
+    Wang et al. 2024, 2408.15664: s = sigmoid(logits); choose TopK(s + b); weight = s, or s divided
+    by the sum of the chosen s (DeepSeek-V3, 2412.19437). The bias is the router's state, moved once
+    per optimizer step by `sign_update`, and has no gradient.
     """
     scores_TE = jax.nn.sigmoid(r.logits_TE)
     bias_E = jnp.zeros(scores_TE.shape[-1]) if r.state is None else r.state
@@ -94,8 +97,9 @@ def loss_free(
 def sign_update(bias_E: jax.Array, load_E: jax.Array, *, bias_rate: float = 1e-3) -> jax.Array:
     """The bias one optimizer step later: up for experts below the mean load, down above it.
 
-    Wang et al. 2024, algorithm 1: b += u sign(mean - n), n = assignments before dropping in the whole
-    global batch. |b| is at most bias_rate x steps: short runs need a larger rate than the paper's 1e-3.
+    Wang et al. 2024, algorithm 1: b += u sign(mean - n), n = assignments before dropping in the
+    whole global batch. |b| is at most bias_rate x steps: short runs need a larger rate than the
+    paper's 1e-3.
     """
     load_E = load_E.astype(jnp.float32)
     return bias_E + bias_rate * jnp.sign(load_E.mean() - load_E)

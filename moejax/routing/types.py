@@ -1,7 +1,7 @@
 """The two contracts of a router: what it is given, and what it returns.
-
-A routing is a sparse tokens x experts matrix in coordinate form, so that token choice, expert choice,
-hashing and assignment are one type, and one dispatcher, one set of metrics and one viewer serve them all.
+ A routing is a sparse tokens x experts matrix in coordinate form, so that token choice, expert
+choice, hashing and assignment are one type, and one dispatcher, one set of metrics and one viewer
+serve them all.
 """
 
 from collections.abc import Callable
@@ -66,8 +66,8 @@ def token_choice(
       expert_TK: int32; an entry equal to E goes nowhere.
       weight_TK: float32.
       scores_TE: float32.
-      order: who goes first when an expert is full. 'k_major': all first choices, then all second ones
-        (GShard); 'token_major': all choices of token 0, then of token 1.
+      order: who goes first when an expert is full. 'k_major': all first choices, then all second
+        ones (GShard); 'token_major': all choices of token 0, then of token 1.
 
     Raises:
       ValueError: unknown order.

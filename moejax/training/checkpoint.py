@@ -20,12 +20,13 @@ _FREE = {
 class Checkpoints:
     """The checkpoints of one working directory: the newest few, and the best by bits per byte.
 
-    A save returns at once and is written in the background; a checkpoint that was being written when
-    the process died is not there at all.
+    A save returns at once and is written in the background; a checkpoint that was being written
+    when the process died is not there at all.
     """
 
     def __init__(self, workdir: Path, newest: int = 2, *, read_only: bool = False) -> None:
-        """newest: how many to keep; read_only: leave the folder as it is, a run may be writing there."""
+        """newest: how many to keep; read_only: leave the folder as it is, a run may be writing
+        there."""
         self._directory = workdir / "checkpoints"
         best = keep.BestN(
             get_metric_fn=_bpb, reverse=True, n=1, keep_checkpoints_without_metrics=False
@@ -37,7 +38,9 @@ class Checkpoints:
             read_only=read_only,
         )
         if read_only and not self._directory.is_dir():
-            raise FileNotFoundError(f"no checkpoint in {self._directory}: the run has saved none yet")
+            raise FileNotFoundError(
+                f"no checkpoint in {self._directory}: the run has saved none yet"
+            )
         self._manager = ocp.CheckpointManager(
             self._directory.absolute(),
             options=options,
@@ -109,7 +112,8 @@ class Checkpoints:
             if found.get(path) != wanted.get(path):
                 raise ValueError(
                     f"checkpoint {self._directory}/{step} is of another model: {path} has shape "
-                    f"{found.get(path)}, this config needs {wanted.get(path)}; use its own config.json"
+                    f"{found.get(path)}, this config needs {wanted.get(path)}; use its own "
+                    "config.json"
                 )
 
     def close(self) -> None:

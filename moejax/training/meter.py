@@ -1,4 +1,5 @@
-"""The run's clock and alarms: reads metrics one step late, so that the device never waits for the host."""
+"""The run's clock and alarms: reads metrics one step late, so that the device never waits for the
+host."""
 
 import math
 import time
@@ -21,7 +22,8 @@ class Meter:
     def __init__(
         self, tokens: int, flops: float, peak: float, carried: Mapping[str, Any] | None = None
     ) -> None:
-        """tokens: per step; flops: per step; peak: FLOP/s; carried: of the attempt before this one."""
+        """tokens: per step; flops: per step; peak: FLOP/s; carried: of the attempt before this
+        one."""
         self._tokens, self._flops, self._peak = tokens, flops, peak
         carried = carried or {}
         self.seconds: float = carried.get("seconds", 0.0)
@@ -49,7 +51,8 @@ class Meter:
         return self._settle(previous)
 
     def flush(self) -> int | None:
-        """Wait for the last step and stop the clock: what follows is not training. Returns as `push`."""
+        """Wait for the last step and stop the clock: what follows is not training. Returns as
+        `push`."""
         previous, self._pending = self._pending, None
         settled = self._settle(previous)
         self._mark = None
@@ -62,8 +65,10 @@ class Meter:
         loss = float(metrics["loss"])
         if not math.isfinite(loss) or not math.isfinite(float(metrics["grad_norm"])):
             raise NonFiniteLoss(
-                f"step {step}: loss {loss}, gradient norm {float(metrics['grad_norm'])}, on the rows "
-                f"that end at position {position} of the data stream; nothing was saved since; lower "
+                f"step {step}: loss {loss}, gradient norm {float(metrics['grad_norm'])}, on the "
+                "rows "
+                f"that end at position {position} of the data stream; nothing was saved since; "
+                "lower "
                 "optimizer.learning_rate, or set optimizer.clip"
             )
         self._losses.append(loss)
@@ -77,7 +82,8 @@ class Meter:
         return step
 
     def record(self, step: int, learning_rate: float) -> dict[str, Any]:
-        """The record of the step just settled: loss averaged since the last record, the rest its own."""
+        """The record of the step just settled: loss averaged since the last record, the rest its
+        own."""
         rate = self._steps / max(self._since, 1e-9)
         metrics = jax.device_get(self._latest)
         record = {
@@ -101,7 +107,8 @@ class Meter:
         if self._collapsed != _ALARM_AFTER:
             return None
         return (
-            f"routing collapses: at step {record['step']} one expert gets {record['busiest']:.0%} of "
+            f"routing collapses: at step {record['step']} one expert gets {record['busiest']:.0%} "
+            "of "
             f"a layer's tokens (even: {k / experts:.0%}); raise balance.load_balance or "
             "router.bias_rate, or lower the learning rate"
         )

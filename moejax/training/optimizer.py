@@ -9,7 +9,8 @@ from moejax.config import OptimizerConfig
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by optimizer step: linear warm-up to the peak, then the named decay.
 
-    cosine and wsd end at final_fraction x peak at `steps`; rsqrt follows peak x sqrt(warmup / step).
+    cosine and wsd end at final_fraction x peak at `steps`; rsqrt follows peak x sqrt(warmup /
+    step).
 
     Raises:
       ValueError: a warm-up that does not end before the run does.

@@ -1,4 +1,5 @@
-"""A run's compiled functions. Runs that differ only in seed share one program, and one compilation."""
+"""A run's compiled functions. Runs that differ only in seed share one program, and one
+compilation."""
 
 import dataclasses
 import functools
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from moejax.config import Config
-from moejax.data import Batch
+from moejax.config import Config, TrainConfig
+from moejax.data import Batch, DataConfig
 from moejax.model.size import Size, model_size
 from moejax.sharding import batch_sharding, check_batch, make_mesh
 from moejax.training.optimizer import make_optimizer
@@ -49,19 +50,32 @@ class Program:
         return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), batch)
 
 
-def build_program(config: Config, vocab_size: int, num_domains: int) -> Program:
-    """The compiled program of a config.
+def build_program(
+    config: Config,
+    vocab_size: int,
+    num_domains: int,
+    devices: tuple[jax.Device, ...] | None = None,
+) -> Program:
+    """The compiled program of a config, on the given devices (default: all).
 
     Raises:
       ValueError: the mesh does not fit the devices, the batch or a weight.
     """
-    seedless = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0))
-    return _build(seedless, vocab_size, num_domains)
+    # Only what is compiled in: the seed, the text and the saving of a run may differ.
+    data, train = config.data, config.train
+    compiled_in = dataclasses.replace(
+        config,
+        data=DataConfig(sequence=data.sequence, batch=data.batch),
+        train=TrainConfig(steps=train.steps, accumulation=train.accumulation),
+    )
+    return _build(compiled_in, vocab_size, num_domains, devices or tuple(jax.devices()))
 
 
 @functools.lru_cache(maxsize=16)
-def _build(config: Config, vocab_size: int, num_domains: int) -> Program:
-    mesh = make_mesh(config.mesh)
+def _build(
+    config: Config, vocab_size: int, num_domains: int, devices: tuple[jax.Device, ...]
+) -> Program:
+    mesh = make_mesh(config.mesh, list(devices))
     check_batch(config.data.batch // config.train.accumulation, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
 

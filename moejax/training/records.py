@@ -1,4 +1,5 @@
-"""What a run writes while it trains: metrics.jsonl, TensorBoard events, and a live line for people."""
+"""What a run writes while it trains: metrics.jsonl, TensorBoard events, and a live line for
+people."""
 
 import json
 import sys
@@ -10,7 +11,8 @@ import numpy as np
 
 
 class Records:
-    """metrics.jsonl and TensorBoard. One JSON object a line; every line is complete when written."""
+    """metrics.jsonl and TensorBoard. One JSON object a line; every line is complete when
+    written."""
 
     def __init__(self, workdir: Path, resume_step: int) -> None:
         """Keeps the records up to `resume_step`; later ones will be made again."""
@@ -25,7 +27,8 @@ class Records:
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record with `kind` and `step`; numbers and nested numbers go to TensorBoard too."""
+        """Append a record with `kind` and `step`; numbers and nested numbers go to TensorBoard
+        too."""
         record = _plain(record)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -49,7 +52,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """The live line: step, loss, tokens/s, MFU, ETA, MaxVio, drops. On a pipe, a line now and then."""
+    """The live line: step, loss, tokens/s, MFU, ETA, MaxVio, drops. On a pipe, a line now and
+    then."""
 
     def __init__(self, label: str, steps: int, quiet: bool = False) -> None:
         self._label, self._steps, self._quiet = label, steps, quiet

@@ -35,7 +35,8 @@ class TrainState(NamedTuple):
 
 
 def make_graph(config: Config, vocab_size: int) -> Any:
-    """The static side of the model: `nnx.merge(graph, params)` is the model with these parameters."""
+    """The static side of the model: `nnx.merge(graph, params)` is the model with these
+    parameters."""
     model = nnx.eval_shape(lambda: Transformer(config, vocab_size, nnx.Rngs(params=0)))
     return nnx.split(model)[0]
 

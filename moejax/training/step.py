@@ -26,7 +26,8 @@ class Sums(NamedTuple):
 def forward(
     params: Any, router_state: Any, batch: Batch, key: jax.Array | None, graph: Any
 ) -> tuple[jax.Array, MoeStats | None]:
-    """Cross entropy of each token in nats, nll_BS (0 where not valid), and the routing statistics."""
+    """Cross entropy of each token in nats, nll_BS (0 where not valid), and the routing
+    statistics."""
     logits_BSV, stats = nnx.merge(graph, params)(
         batch.tokens_BS,
         segment_BS=batch.segment_BS,
@@ -44,8 +45,8 @@ def loss_fn(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Cross entropy plus weighted balance losses, over the whole batch however it is cut.
 
-    Microbatches are scanned *inside* the differentiated function, each rematerialised, and their sums
-    added before any loss is formed. So a balance loss sees the loads of the global batch, and
+    Microbatches are scanned *inside* the differentiated function, each rematerialised, and their
+    sums added before any loss is formed. So a balance loss sees the loads of the global batch, and
     accumulation changes memory, not the result.
     """
     parts = config.train.accumulation
@@ -80,8 +81,8 @@ def train_step(
     """One optimizer step: gradients, update, and the next router state from this batch's loads.
 
     Returns:
-      The next state, and metrics: loss (cross entropy, nats per token), balance (unweighted losses),
-      grad_norm, and the routing `figures`.
+      The next state, and metrics: loss (cross entropy, nats per token), balance (unweighted
+        losses), grad_norm, and the routing `figures`.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     gradient = jax.grad(loss_fn, has_aux=True)
@@ -99,11 +100,12 @@ def train_step(
         opt_state=opt_state,
         router_state=router_state,
     )
-    return next_state, {**aux, "grad_norm": optax.global_norm(grads)}
+    return next_state, {**aux, "grad_norm": optax.tree.norm(grads)}
 
 
 class EvalSums(NamedTuple):
-    """Sums over evaluation batches, by domain: nats, bytes of text, tokens; and routing statistics."""
+    """Sums over evaluation batches, by domain: nats, bytes of text, tokens; and routing
+    statistics."""
 
     nll_domain: jax.Array
     bytes_domain: jax.Array

@@ -19,7 +19,7 @@ def plain_input(logits_TE: jax.Array, **others: object) -> RouterInput:
 def chosen(
     expert_TK: np.ndarray, weight_TK: np.ndarray, num_experts: int, order: str = "k_major"
 ) -> Routing:
-    """The routing in which token t's choices are expert_TK[t], in 'k_major', 'token_major' or 'bpr'."""
+    """The routing in which token t chooses expert_TK[t]; order k_major, token_major or bpr."""
     expert_TK, weight_TK = jnp.asarray(expert_TK), jnp.asarray(weight_TK, jnp.float32)
     token_T = np.arange(len(expert_TK))
     if order == "bpr":  # k-major, the tokens sorted by their best weight
@@ -45,12 +45,15 @@ def plan_with(routing: Routing, room: int, groups: int = 1) -> Plan:
 
 
 def kept_rows(plan: Plan, num_tokens: int, num_experts: int, groups: int = 1) -> list[list[float]]:
-    """[group, token, expert, slot, weight] of every assignment that fitted, sorted; ids in the group."""
+    """[group, token, expert, slot, weight] of all that fitted, sorted; ids within the group."""
     size, room = num_tokens // groups, plan.slots // groups
     rows = [
         [token // size, token % size, expert, slot - token // size * room, weight]
         for token, expert, slot, weight in zip(
-            *(np.asarray(a).tolist() for a in (plan.token_N, plan.expert_N, plan.slot_N, plan.weight_N)),
+            *(
+                np.asarray(a).tolist()
+                for a in (plan.token_N, plan.expert_N, plan.slot_N, plan.weight_N)
+            ),
             strict=True,
         )
         if expert < num_experts

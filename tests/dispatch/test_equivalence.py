@@ -1,4 +1,4 @@
-"""Three ways to move tokens, one result: each equals the dense oracle, in values and in gradients."""
+"""Three ways to move tokens, one result: each equals the dense oracle, values and gradients."""
 
 import functools
 from typing import Any
@@ -72,7 +72,7 @@ class Case:
         self.groups, self.factor, self.shape, self.dtype = groups, factor, shape, dtype
         self.num_experts, self.activation = num_experts, activation
         self.params = layer(num_experts, activation == "swiglu", dtype)
-        # Not zero, so that loss_free's bias takes part; it stays so small that it only breaks near ties.
+        # Not zero, so that loss_free's bias takes part.
         bias_E = np.random.default_rng(7).normal(size=num_experts, scale=0.1)
         has_state = self.router.init(num_experts) is not None
         self.state = jnp.asarray(bias_E, jnp.float32) if has_state else None
@@ -82,7 +82,9 @@ class Case:
     def options(self, dispatch: str) -> MoeOptions:
         return MoeOptions(self.router, dispatch, self.activation, self.factor, self.groups)
 
-    def dense(self, p: MoeParams, x_BSD: jax.Array, valid_BS: jax.Array, key: jax.Array) -> jax.Array:
+    def dense(
+        self, p: MoeParams, x_BSD: jax.Array, valid_BS: jax.Array, key: jax.Array
+    ) -> jax.Array:
         """The same layer through the dense oracle: every expert on every token."""
         x_TD = x_BSD.reshape(-1, DIM)
         r = router_input(p.w_router_DE, x_TD, valid_BS, None, key, self.state, 0.0)
@@ -93,6 +95,7 @@ class Case:
 
     def _compare(self, p: MoeParams, x_BSD: jax.Array, valid_BS: jax.Array, key: jax.Array) -> Any:
         """name -> (y, gradients of a random projection of y by the weights and by x)."""
+
         def run(name: str, p: MoeParams, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
             if name == "dense":
                 y_BSD = self.dense(p, x_BSD, valid_BS, key)
@@ -154,9 +157,7 @@ def test_every_router_is_compared() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@given(
-    seed=st.integers(0, 10**6), logits=st.sampled_from(LOGITS), valid=st.sampled_from(VALID)
-)
+@given(seed=st.integers(0, 10**6), logits=st.sampled_from(LOGITS), valid=st.sampled_from(VALID))
 def test_dispatches_equal_the_dense_oracle(name: str, seed: int, logits: str, valid: str) -> None:
     found = cased(name)
     p, x_BSD, valid_BS = batch(found.params, found.shape, "float32", seed, logits, valid)

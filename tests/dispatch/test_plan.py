@@ -1,4 +1,4 @@
-"""Who fits: capacity, priority and slots, by hand, against other projects, and against a plain walk."""
+"""Who fits: capacity, priority and slots, by hand, as elsewhere, and against a plain walk."""
 
 import functools
 
@@ -23,7 +23,9 @@ def test_capacity_counts_every_choice_and_rounds_up() -> None:
     assert capacity(1.25, assignments=2 * 12, num_experts=4, tokens=12) == 8  # 7.5
     assert capacity(0.5, assignments=12, num_experts=8, tokens=12) == 1  # .75
     assert capacity(1.1, assignments=20, num_experts=2, tokens=20) == 11  # 11.000000000000002
-    assert capacity(9.0, assignments=2 * 12, num_experts=4, tokens=12) == 12  # never above the tokens
+    assert (
+        capacity(9.0, assignments=2 * 12, num_experts=4, tokens=12) == 12
+    )  # never above the tokens
     assert capacity(None, assignments=2 * 12, num_experts=4, tokens=12) == 12
 
 
@@ -60,9 +62,9 @@ def test_capacity_of_axlearn_is_ours_with_the_factor_over_k_and_rounded_down() -
     ],
 )
 def test_order_of_assignments_is_their_priority(order: str, kept: set[tuple[int, int]]) -> None:
-    # Choices: t0 0,1  t1 0,1  t2 0,1  t3 1,0; two slots an expert. k-major: first choices t0 t1 fill
-    # expert 0 (t2 drops), t3 takes expert 1; then t0 takes the last slot of expert 1. Token-major: t0 and
-    # t1 fill both. BPR serves t2 (.9), t1 (.8), t3 (.7), t0 (.6).
+    # Choices: t0 0,1  t1 0,1  t2 0,1  t3 1,0; two slots an expert. k-major: first choices t0 t1
+    # fill expert 0 (t2 drops), t3 takes expert 1; then t0 takes the last slot of expert 1.
+    # Token-major: t0 and t1 fill both. BPR serves t2 (.9), t1 (.8), t3 (.7), t0 (.6).
     probs_TE = np.array([[0.6, 0.4], [0.8, 0.2], [0.9, 0.1], [0.3, 0.7]])
     expert_TK = np.argsort(-probs_TE, axis=-1)
     routing = chosen(expert_TK, np.take_along_axis(probs_TE, expert_TK, -1), 2, order)
@@ -127,7 +129,9 @@ def test_plan_is_the_plain_walk(seed, shape, factor, order) -> None:
         [[random.permutation(num_experts)[:k] for _ in range(size)] for _ in range(groups)]
     )
     expert_GTK[random.random(expert_GTK.shape) < 0.2] = num_experts  # nowhere
-    routing, plan = planned(jnp.asarray(expert_GTK.reshape(-1, k)), num_experts, groups, factor, order)
+    routing, plan = planned(
+        jnp.asarray(expert_GTK.reshape(-1, k)), num_experts, groups, factor, order
+    )
     room = capacity(factor, size * k, num_experts, size)
     want = walk(routing, room, groups)
     got = [
@@ -147,7 +151,9 @@ def test_plan_is_the_plain_walk(seed, shape, factor, order) -> None:
         plan.load_E, np.bincount(sorted_expert_N, minlength=num_experts + 1)[:num_experts]
     )
     if factor is None:
-        np.testing.assert_array_equal(plan_TE(plan, groups * size, num_experts), combine_TE(routing))
+        np.testing.assert_array_equal(
+            plan_TE(plan, groups * size, num_experts), combine_TE(routing)
+        )
 
 
 def test_groups_cut_the_batch_by_sequence_and_by_position() -> None:
@@ -162,7 +168,7 @@ def test_groups_cut_the_batch_by_sequence_and_by_position() -> None:
 
 @pytest.mark.parametrize(("groups", "count"), [("batch", 1), ("sequence", 3), ("position", 4)])
 def test_capacity_holds_within_each_group(groups: str, count: int) -> None:
-    # 3 sequences of 4 tokens, 2 experts; expert choice with k = 1 fills every group's slots exactly.
+    # 3 sequences of 4 tokens, 2 experts; expert choice with k = 1 fills each group's slots.
     logits_TE = jax.random.normal(jax.random.key(0), (12, 2))
     r = RouterInput(logits_TE, jnp.ones(12, bool))
     routing = route(lambda r: expert_choice(r, k=1), r, 3, groups)

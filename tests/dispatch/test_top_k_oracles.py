@@ -1,4 +1,4 @@
-"""Token choice under a capacity limit, as V-MoE, flaxformer, praxis, MaxText and sglang-jax do it."""
+"""Token choice under a capacity limit, as V-MoE, flaxformer, praxis, MaxText and sglang do it."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,8 @@ import pytest
 from moejax.dispatch import make_plan, route
 from moejax.reference import plan_TE
 from moejax.routing import RouterInput, load_balance
-from moejax.routing.metrics import moe_stats
 from moejax.routing.balance import BALANCE_LOSSES
+from moejax.routing.metrics import moe_stats
 from moejax.routing.token_choice import gshard_top2, topk
 from tests.dispatch.plans import (
     chosen,
@@ -78,7 +78,12 @@ def test_flaxformer(name: str, block: str) -> None:
     ours = np.mean([load_balance(c, p.mean(0)) for c, p in zip(count_GE, probs_GTE, strict=True)])
     check(found, f"{block}.aux", k * ours)
     if block == "fp32":
-        check(found, "aux_balance1_mean_of_groups", ours, found["derived"]["aux_balance1_mean_of_groups"])
+        check(
+            found,
+            "aux_balance1_mean_of_groups",
+            ours,
+            found["derived"]["aux_balance1_mean_of_groups"],
+        )
 
 
 @pytest.mark.parametrize("block", ["fp32", "bf16"])

@@ -1,4 +1,4 @@
-"""Which routers let a token see the future: found by changing the future, and said by `Config.leaks`."""
+"""Which routers let a token see the future: found by changing it, and said by `Config.leaks`."""
 
 import jax
 import jax.numpy as jnp

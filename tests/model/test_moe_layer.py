@@ -1,4 +1,4 @@
-"""One MoE layer: padding, symmetry, statistics that add up, precision, and life in someone else's model."""
+"""One MoE layer: padding, symmetry, sums of statistics, precision, and life in a foreign model."""
 
 import functools
 from typing import Any
@@ -52,7 +52,7 @@ def test_padding_changes_no_real_token(name: str) -> None:
 
 
 def test_padding_takes_no_slot() -> None:
-    # Everybody wants expert 0, which has 12 / 4 = 3 slots. Three real tokens, last in line: they fit.
+    # Everybody wants expert 0, which has 12 / 4 = 3 slots. The last three tokens are real.
     p = PARAMS._replace(w_router_DE=jnp.zeros((DIM, EXPERTS)))
     valid_BS = (jnp.arange(12) >= 9).reshape(ROWS, LENGTH)
     _, stats = run("switch", 1.0, "batch", 0.0, p, X_BSD, valid_BS)
@@ -82,26 +82,30 @@ def test_order_of_tokens_and_names_of_experts_are_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_statistics_of_two_halves_add_up_to_the_whole(name: str) -> None:
-    # Sequences are their own groups, so a microbatch of one sequence routes as it does in the batch.
-    whole = run(name, 0.75, "sequence", 0.0, PARAMS, X_BSD, VALID_BS)
+    # Sequences are their own groups: one routes alone as it does in the batch.
+    whole = run(name, 0.5, "sequence", 0.0, PARAMS, X_BSD, VALID_BS)
     halves = [
-        run(name, 0.75, "sequence", 0.0, PARAMS, X_BSD[b : b + 1], VALID_BS[b : b + 1])
+        run(name, 0.5, "sequence", 0.0, PARAMS, X_BSD[b : b + 1], VALID_BS[b : b + 1])
         for b in range(ROWS)
     ]
     close(jnp.concatenate([y_BSD for y_BSD, _ in halves]), whole[0])
     close(jax.tree.map(jnp.add, halves[0][1], halves[1][1]), whole[1])
-    assert int(whole[1].dropped_K.sum()) > 0 or name == "loss_free"
+    assert int(whole[1].dropped_K.sum()) > 0
 
 
 def test_router_multiplies_in_float32_what_bfloat16_gives_it() -> None:
     x_BSD = X_BSD.astype(jnp.bfloat16)
     layer = moejax.MoE(
-        ModelConfig(dim=DIM, heads=1, ffn=FFN, dtype="bfloat16"), MoeConfig(EXPERTS), rngs=nnx.Rngs(0)
+        ModelConfig(dim=DIM, heads=1, ffn=FFN, dtype="bfloat16"),
+        MoeConfig(EXPERTS),
+        rngs=nnx.Rngs(0),
     )
     layer.w_router_DE[...] = PARAMS.w_router_DE
     y_BSD, stats = layer(x_BSD)
     assert y_BSD.dtype == jnp.bfloat16
-    logits_TE = np.asarray(x_BSD, np.float64).reshape(-1, DIM) @ np.asarray(PARAMS.w_router_DE, np.float64)
+    logits_TE = np.asarray(x_BSD, np.float64).reshape(-1, DIM) @ np.asarray(
+        PARAMS.w_router_DE, np.float64
+    )
     best_TE = np.argsort(-logits_TE, axis=-1)[:, :2]
     assert stats.load_E.tolist() == np.bincount(best_TE.reshape(-1), minlength=EXPERTS).tolist()
     # A bfloat16 product is off by some 1e-3.

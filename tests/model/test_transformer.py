@@ -1,4 +1,4 @@
-"""The transformer: the scanned stack is the plain loop, layouts are as configured, documents are alone."""
+"""The transformer: the scan is the plain loop, layouts are as configured, documents are alone."""
 
 from typing import Any
 
@@ -19,7 +19,11 @@ def looped(config: Config, params: Any, token_BS: jax.Array, key: Any, state_LE:
     model = nnx.merge(build(config)[0], params)
     context = model._context(token_BS, None, None, None)
     x_BSD = model.embed_VD[...][token_BS]
-    keys = [None] * config.moe_layers if key is None else list(jax.random.split(key, config.moe_layers))
+    keys = (
+        [None] * config.moe_layers
+        if key is None
+        else list(jax.random.split(key, config.moe_layers))
+    )
     stats, moe = [], 0
     for unit in model.stacks:
         graph, stacked = nnx.split(unit)
@@ -39,7 +43,12 @@ def looped(config: Config, params: Any, token_BS: jax.Array, key: Any, state_LE:
 
 def test_scanned_layers_are_the_plain_loop() -> None:
     config = tiny_config(
-        "loss_free", model__layers=5, moe__first_dense=1, moe__every=2, moe__shared=1, moe__jitter=0.1
+        "loss_free",
+        model__layers=5,
+        moe__first_dense=1,
+        moe__every=2,
+        moe__shared=1,
+        moe__jitter=0.1,
     )
     graph, params = build(config)
     token_BS, key = tokens(), jax.random.key(1)
@@ -62,7 +71,9 @@ def test_rematerialised_is_the_same() -> None:
     token_BS, key = tokens(), jax.random.key(0)
     results = []
     for remat in (False, True):
-        graph, params = build(tiny_config("gshard_top2", model__remat=remat, moe__capacity_factor=1.0))
+        graph, params = build(
+            tiny_config("gshard_top2", model__remat=remat, moe__capacity_factor=1.0)
+        )
 
         def loss(params, graph=graph):
             logits_BSV, stats = nnx.merge(graph, params)(token_BS, key=key)
@@ -88,8 +99,14 @@ ENDS = 2 * VOCAB * 8 + 8  # embedding, unembedding, final norm
         # A router of 8 x 4, and four experts of the dense layer's width.
         ({}, "mm", 2 * (ATTENTION + NORMS + 32 + 4 * DENSE) + ENDS),
         (
-            # One dense layer, then (dense, experts) twice; experts of width 6, a shared one as wide.
-            {"model__layers": 5, "moe__first_dense": 1, "moe__every": 2, "moe__ffn": 6, "moe__shared": 1},
+            # One dense layer, then (dense, experts) twice; experts of width 6, one shared.
+            {
+                "model__layers": 5,
+                "moe__first_dense": 1,
+                "moe__every": 2,
+                "moe__ffn": 6,
+                "moe__shared": 1,
+            },
             "ddmdm",
             5 * (ATTENTION + NORMS) + 3 * DENSE + 2 * (32 + 5 * DENSE // 2) + ENDS,
         ),
@@ -177,7 +194,9 @@ def test_rope_turns_by_relative_position() -> None:
 def test_rms_norm_by_hand() -> None:
     # rms(3, 4) = sqrt(12.5).
     norm = RMSNorm(2)
-    np.testing.assert_allclose(norm(jnp.asarray([[[3.0, 4.0]]]))[0, 0], np.array([3, 4]) / 12.5**0.5, rtol=1e-6)
+    np.testing.assert_allclose(
+        norm(jnp.asarray([[[3.0, 4.0]]]))[0, 0], np.array([3, 4]) / 12.5**0.5, rtol=1e-6
+    )
 
 
 def test_attention_mask_by_hand() -> None:
@@ -195,7 +214,9 @@ def test_documents_do_not_see_each_other() -> None:
     alone, _ = model(token_BS[:, 3:])
     close(packed[:, 3:], alone)
     together, _ = model(token_BS)
-    assert np.abs(together[:, 3:] - alone).max() > 1e-3  # without the numbers they do see each other
+    assert (
+        np.abs(together[:, 3:] - alone).max() > 1e-3
+    )  # without the numbers they do see each other
 
 
 def test_padding_behind_the_text_changes_nothing() -> None:
@@ -244,7 +265,7 @@ def test_initial_loss_is_that_of_guessing() -> None:
 
 
 def test_initial_weights_have_the_configured_variance() -> None:
-    # std = sqrt(scale / fan-in); the router's scale is a factor on top: sqrt(.01) = .1 of the others.
+    # std = sqrt(scale / fan-in); router_scale is a factor on top: sqrt(.01) = .1 of the others.
     config = tiny_config(
         model__dim=64, model__ffn=96, model__init_scale=0.5, moe__router_scale=0.01, moe__shared=1
     )

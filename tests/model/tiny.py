@@ -13,7 +13,9 @@ from moejax.model import Transformer
 VOCAB, ROWS, LENGTH = 32, 2, 8
 
 
-def tiny_config(router: str = "topk", options: dict[str, Any] | None = None, **changes: Any) -> Config:
+def tiny_config(
+    router: str = "topk", options: dict[str, Any] | None = None, **changes: Any
+) -> Config:
     """Two layers with four experts; `changes` are dotted with __: moe__groups='sequence'."""
     config = default_config()
     config.router = router_config(router, **(options or {}))

@@ -1,4 +1,4 @@
-"""Balance losses: their value at balance, by hand, and what each other project's loss is in terms of ours."""
+"""Balance losses by hand, at balance, and what each other project's loss is in terms of ours."""
 
 import functools
 
@@ -9,7 +9,13 @@ import pytest
 
 from moejax.dispatch import make_plan
 from moejax.routing import MoeStats, RouterInput, combine_TE, load_balance, moe_stats
-from moejax.routing.balance import BALANCE_LOSSES, all_choices, balance_losses, first_choices, router_z
+from moejax.routing.balance import (
+    BALANCE_LOSSES,
+    all_choices,
+    balance_losses,
+    first_choices,
+    router_z,
+)
 from moejax.routing.token_choice import loss_free, topk
 from tests.dispatch.plans import plain_input
 from tests.oracle import case, check
@@ -48,7 +54,7 @@ def test_losses_at_balance() -> None:
 
 
 def test_first_choices_and_all_choices_by_hand() -> None:
-    # p = (.6 .4) (.8 .2) (.9 .1) (.3 .7): first choices 3, 1; P = (.65, .35): 2 (.4875 + .0875) = 1.15.
+    # First choices 3, 1; P = (.65, .35): 2 (.75 x .65 + .25 x .35) = 1.15.
     # With K = 2 of 2 experts every count is 4: 2 (.325 + .175) = 1.
     probs_TE = jnp.asarray([[0.6, 0.4], [0.8, 0.2], [0.9, 0.1], [0.3, 0.7]])
     stats = stats_of(topk, jnp.log(probs_TE), 2)
@@ -57,7 +63,7 @@ def test_first_choices_and_all_choices_by_hand() -> None:
 
 
 def test_padding_adds_nothing_to_any_loss() -> None:
-    # One real token of logits (0, 0): z = (ln 2)^2, not its mean with padding's own (ln 2)^2 or its 0.
+    # One real token, of logits (0, 0): z = (ln 2)^2 over one token, not three.
     logits_TE = jnp.asarray([[0.0, 0.0], [3.0, -1.0], [5.0, 5.0]])
     stats = stats_of(topk, logits_TE, 2, jnp.asarray([True, False, False]))
     assert router_z(stats) == pytest.approx(np.log(2) ** 2)
@@ -78,7 +84,9 @@ def test_losses_push_down_the_busiest_expert_and_large_logits() -> None:
     logits_TE = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4)), jnp.float32)
     logits_TE = logits_TE.at[:, 2].add(2.0)
     for name in ("load_balance", "load_balance_top1"):
-        gradient_TE = jax.grad(lambda a, name=name: BALANCE_LOSSES[name](stats_of(topk, a, 2)))(logits_TE)
+        gradient_TE = jax.grad(lambda a, name=name: BALANCE_LOSSES[name](stats_of(topk, a, 2)))(
+            logits_TE
+        )
         assert gradient_TE.sum(0).argmax() == 2 and gradient_TE[:, 2].sum() > 0.01
     # d mean(lse^2) / d logits = 2 lse p / T.
     gradient_TE = jax.grad(lambda a: router_z(stats_of(topk, a, 2)))(logits_TE)
@@ -97,7 +105,9 @@ def test_scope_is_the_whole_batch() -> None:
 def test_balance_losses_are_means_over_layers_of_what_has_a_weight() -> None:
     per_layer = layers()
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *per_layer)
-    losses = balance_losses(stacked, {"load_balance": 0.01, "load_balance_top1": 0.0, "router_z": 1e-3})
+    losses = balance_losses(
+        stacked, {"load_balance": 0.01, "load_balance_top1": 0.0, "router_z": 1e-3}
+    )
     assert set(losses) == {"load_balance", "router_z"}
     want = np.mean([all_choices(stats) for stats in per_layer])
     assert losses["load_balance"] == pytest.approx(want)
@@ -114,7 +124,11 @@ K, E, WORKERS = 2, 4, 2
         ("loss_definitions/switch_top1", first_choices, 1),
         ("loss_definitions/topk_normalised", all_choices, 1),
         ("loss_definitions/topk_unnormalised", all_choices, K),  # counts over T, not K T
-        ("loss_definitions/mean_without_E2", first_choices, 1 / E**2),  # a mean, not E times the sum
+        (
+            "loss_definitions/mean_without_E2",
+            first_choices,
+            1 / E**2,
+        ),  # a mean, not E times the sum
         ("loss_definitions/local_expert_scaling", first_choices, 1 / WORKERS**2),
         ("loss_definitions/z_loss", router_z, 1),
     ],

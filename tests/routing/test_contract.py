@@ -1,4 +1,4 @@
-"""What every router of the catalogue owes: shapes, load, symmetry, padding, weights and gradients."""
+"""What every router of the catalogue owes: form, load, symmetry, padding, weights, gradients."""
 
 import functools
 
@@ -29,7 +29,7 @@ LOSSES = {"load_balance": 1.0, "load_balance_top1": 1.0, "router_z": 1.0}
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(name: str, logits_TE, valid_T, bias_E=BIAS_E):
-    """The routing without noise, its dense form, its statistics without a capacity, and the losses."""
+    """The routing without noise, its dense form, its statistics when dropless, and the losses."""
     router = make_router(name)
     state = None if router.init(EXPERTS) is None else bias_E
     r = RouterInput(logits_TE, valid_T, state=state)
@@ -49,7 +49,7 @@ def test_a_routing_is_well_formed(name: str) -> None:
     assert routing.weight_N.dtype == routing.scores_TE.dtype == jnp.float32
     token_N, expert_N, weight_N = (np.asarray(a) for a in routing[:3])
     real_N = expert_N < EXPERTS
-    assert np.all((0 <= token_N) & (token_N < TOKENS)) and np.all(expert_N[~real_N] == EXPERTS)
+    assert np.all((token_N >= 0) & (token_N < TOKENS)) and np.all(expert_N[~real_N] == EXPERTS)
     pairs = list(zip(token_N[real_N], expert_N[real_N], strict=True))
     assert len(pairs) == len(set(pairs))  # a token meets an expert once
     assert np.all(weight_N[real_N] > 0) and not np.any(weight_N[~real_N])
@@ -144,7 +144,9 @@ def test_weights_and_their_gradient_are_the_papers(name: str) -> None:
 @every_router
 def test_scores_are_the_affinities_without_bias(name: str) -> None:
     score = jax.nn.sigmoid if name == "loss_free" else jax.nn.softmax
-    np.testing.assert_allclose(run(name, LOGITS_TE, ALL_T)[0].scores_TE, score(LOGITS_TE), rtol=1e-6)
+    np.testing.assert_allclose(
+        run(name, LOGITS_TE, ALL_T)[0].scores_TE, score(LOGITS_TE), rtol=1e-6
+    )
 
 
 @every_router

@@ -15,7 +15,7 @@ from tests.oracle import case, check
 
 
 def test_each_expert_takes_its_best_tokens_best_first() -> None:
-    # Columns: expert 0 (.9 .6 .3 .2) takes t0, t1; expert 1 (.1 .4 .7 .8) takes t3, t2. C = 1 x 4 / 2.
+    # C = 1 x 4 / 2. Expert 0 (.9 .6 .3 .2) takes t0, t1; expert 1 (.1 .4 .7 .8) takes t3, t2.
     probs_TE = jnp.asarray([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.2, 0.8]])
     routing = expert_choice(plain_input(jnp.log(probs_TE)), k=1)
     assert routing.expert_N.tolist() == [0, 0, 1, 1]

@@ -47,7 +47,9 @@ def test_left_behind_counts_real_tokens_that_no_expert_worked_on() -> None:
 def test_figures_by_hand() -> None:
     one = by_hand()
     idle = one._replace(load_E=jnp.asarray([0, 6, 0]), kept_E=jnp.asarray([0, 6, 0]))
-    shown = figures(jax.tree.map(lambda *a: jnp.stack(a), one, idle._replace(dropped_K=jnp.zeros(2))))
+    shown = figures(
+        jax.tree.map(lambda *a: jnp.stack(a), one, idle._replace(dropped_K=jnp.zeros(2)))
+    )
     assert shown["max_vio"] == pytest.approx((0.5 + 2.0) / 2)  # 3 / 2 - 1 and 6 / 2 - 1
     assert shown["dead"] == pytest.approx(2 / 6)
     assert shown["drop"] == pytest.approx(1 / 12)
@@ -69,7 +71,9 @@ def test_figures_of_a_batch_of_padding_are_finite_and_drop_nothing() -> None:
 def test_figures_count_beyond_31_bits() -> None:
     # 60 layers of 64 M assignments each are 3.8e9.
     one = by_hand()
-    large = one._replace(load_E=jnp.full(3, 2**26), kept_E=jnp.full(3, 2**25), tokens=jnp.int32(2**26))
+    large = one._replace(
+        load_E=jnp.full(3, 2**26), kept_E=jnp.full(3, 2**25), tokens=jnp.int32(2**26)
+    )
     shown = figures(jax.tree.map(lambda a: jnp.stack([a] * 60), large))
     assert shown["drop"] == pytest.approx(0.5)
     assert shown["drop_k"].tolist() == pytest.approx([2.0**-26, 0.0])
@@ -121,12 +125,16 @@ def test_automodel(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["routing_counts/olmoe_routing_counts", "routing_counts/mixtral_routing_counts"]
 )
-@pytest.mark.parametrize("domain", load("routing_counts")["cases"]["olmoe_routing_counts"]["expected"])
+@pytest.mark.parametrize(
+    "domain", load("routing_counts")["cases"]["olmoe_routing_counts"]["expected"]
+)
 def test_loads_of_trained_models(name: str, domain: str) -> None:
     found = case(name)
     load_LE = jnp.asarray(found["inputs"]["counts"][domain])
     k, num_experts = found["inputs"]["K"], found["inputs"]["E"]
-    want = {key: [row[key] for row in found["expected"][domain]] for key in found["expected"][domain][0]}
+    want = {
+        key: [row[key] for row in found["expected"][domain]] for key in found["expected"][domain][0]
+    }
     vio_L = np.asarray(max_vio(load_LE))
     check(found, "max_violation", vio_L, want["max_violation"])
     check(found, "busiest", (vio_L + 1) * k / num_experts, want["busiest_share_of_tokens"])

@@ -51,7 +51,11 @@ def test_a_function_is_a_router() -> None:
     [
         ("swich", {}, "unknown router 'swich'; did you mean 'switch'"),
         ("qqq", {}, "unknown router 'qqq'; known: .*expert_choice"),
-        ("topk", {"renormalize": True}, "router topk has no option 'renormalize'; did you mean 'renorm"),
+        (
+            "topk",
+            {"renormalize": True},
+            "router topk has no option 'renormalize'; did you mean 'renorm",
+        ),
         ("topk", {"bias_rate": 0.1}, "router topk has no option 'bias_rate'"),
         ("loss_free", {"bias_rat": 0.1}, "did you mean 'bias_rate'"),
         (nearest, {"sharp": 2.0}, "router nearest has no option 'sharp'; did you mean 'sharpness'"),

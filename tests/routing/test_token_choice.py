@@ -1,4 +1,4 @@
-"""Token choice by hand: gates, gradients, GShard's coin, and a bias that selects but never weighs."""
+"""Token choice by hand: gates, gradients, GShard's coin, a bias that selects and never weighs."""
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +28,15 @@ def test_renormalised_is_a_softmax_over_the_chosen_logits() -> None:
     logits_TE = jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)), jnp.float32)
     routing = topk(plain_input(logits_TE), k=3, renormalise=True)
     best_TK = jax.lax.top_k(logits_TE, 3)[0]
-    np.testing.assert_allclose(
-        routing.weight_N.reshape(3, 6).T, jax.nn.softmax(best_TK), rtol=1e-5
-    )
+    np.testing.assert_allclose(routing.weight_N.reshape(3, 6).T, jax.nn.softmax(best_TK), rtol=1e-5)
 
 
 def test_switch_weight_and_gradient() -> None:
     # p = (.7, .2, .1): weight .7; d p0 / d logits = p0 (1 - p0), -p0 p1, -p0 p2.
     logits_TE = logits_of(0.7, 0.2, 0.1)
-    weight, gradient_TE = jax.value_and_grad(lambda a: switch(plain_input(a)).weight_N.sum())(logits_TE)
+    weight, gradient_TE = jax.value_and_grad(lambda a: switch(plain_input(a)).weight_N.sum())(
+        logits_TE
+    )
     assert weight == pytest.approx(0.7)
     np.testing.assert_allclose(gradient_TE, [[0.21, -0.14, -0.07]], atol=1e-6)
 
@@ -90,8 +90,8 @@ def test_gshard_coin_falls_in_training_only() -> None:
 
 
 def test_gshard_refused_by_the_coin_takes_no_slot_and_no_load() -> None:
-    # 64 tokens want expert 0, then expert 1, whose 20 slots hold 20 of those that the coin let pass.
-    # Kept with probability 2/3, about 43 pass: were the 21 refused counted, fewer than 20 would fit.
+    # 64 tokens want expert 0, then expert 1, whose 20 slots hold 20 of those that the coin passed.
+    # With probability 2/3 about 43 pass: were the 21 refused counted, fewer than 20 would fit.
     logits_TE = jnp.tile(logits_of(0.6, 0.3, 0.1), (64, 1))
     routing = gshard_top2(plain_input(logits_TE, key=jax.random.key(1)))
     passed_T = np.asarray(routing.expert_N[64:]) == 1
@@ -130,7 +130,9 @@ def test_loss_free_bias_has_no_gradient_and_no_effect_on_a_kept_set() -> None:
 
 def test_sign_update_by_hand() -> None:
     # n = (2, 6, 7, 9), mean 6: (+, 0, -, -) u, added to what was there.
-    got_E = sign_update(jnp.asarray([0.5, 0.5, 0.5, 0.5]), jnp.asarray([2, 6, 7, 9]), bias_rate=0.01)
+    got_E = sign_update(
+        jnp.asarray([0.5, 0.5, 0.5, 0.5]), jnp.asarray([2, 6, 7, 9]), bias_rate=0.01
+    )
     np.testing.assert_allclose(got_E, [0.51, 0.5, 0.49, 0.49], rtol=1e-6)
 
 
@@ -148,7 +150,9 @@ def test_sign_update_is_not_centred() -> None:
     routing = loss_free(plain_input(logits_TE))
     load_E = jnp.bincount(routing.expert_N, length=4)
     check(found, "load_E", load_E)
-    check(found, "not_centred_E", sign_update(jnp.zeros(4), load_E, bias_rate=found["inputs"]["rate"]))
+    check(
+        found, "not_centred_E", sign_update(jnp.zeros(4), load_E, bias_rate=found["inputs"]["rate"])
+    )
 
 
 def test_loss_free_balances_a_skewed_batch() -> None:
