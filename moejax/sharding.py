@@ -1,5 +1,6 @@
 """The mesh and the one table that says how each kind of array lies on it.
- Axes: `data` and `fsdp` and `expert` cut the batch; `fsdp` and `tensor` cut weights; `expert` cuts
+
+Axes: `data` and `fsdp` and `expert` cut the batch; `fsdp` and `tensor` cut weights; `expert` cuts
 experts. A rule that does not apply is an error that names both numbers, never a silent copy.
 """
 

@@ -1,5 +1,4 @@
 """How every test runs: eight simulated devices, no silent broadcasting, the same examples."""
-examples."""
 
 import os
 

@@ -84,7 +84,7 @@ WRONG = [
     ({"router__k": 1, "router__renormalise": True}, "k=1 cannot be renormalised"),
     ({"moe__every": 3}, "the 4 layers after moe.first_dense=0 are not divisible by moe.every=3"),
     ({"moe__every": 2, "moe__first_dense": 1}, "the 3 layers after moe.first_dense=1"),
-    ({"moe__first_dense": 4}, "moe.first_dense=4 leaves no layer of model.layers=4"),
+    ({"moe__first_dense": 4}, "moe.first_dense=4 leaves .* of model.layers=4"),
     ({"moe__shared": -1}, "moe.shared=-1 must not be negative"),
     ({"moe__capacity_factor": 0.0}, r"moe.capacity_factor=0.0 leaves no slot \(capacity < 1\)"),
     ({"moe__eval_capacity_factor": -1.0}, "moe.eval_capacity_factor=-1.0 leaves no slot"),

@@ -66,7 +66,8 @@ def route(router: RouterFn, r: RouterInput, sequences: int, groups: str) -> Rout
         token_T=None if r.token_T is None else split_groups(r.token_T, sequences, groups),
         key=None if r.key is None else jax.random.split(r.key, token_G.shape[0]),
     )
-    axes = RouterInput(0, 0, None if r.key is None else 0, None, None if r.token_T is None else 0)
+    per_group = 0  # every field has the group axis but the state, which all groups share
+    axes = jax.tree.map(lambda _: per_group, in_groups._replace(state=None))
     routing = jax.vmap(router, in_axes=(axes,))(in_groups)
     token_GN = jnp.take_along_axis(token_G, routing.token_N, axis=1)
     return Routing(

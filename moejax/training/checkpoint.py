@@ -90,8 +90,9 @@ class Checkpoints:
           ValueError: the checkpoint is of a model of other sizes.
         """
         steps = sorted(self._manager.all_steps())
-        step = steps[-1] if step is None and steps else step
-        if step not in steps:
+        if step is None and steps:
+            step = steps[-1]
+        if step is None or step not in steps:
             raise FileNotFoundError(
                 f"no checkpoint of step {step} in {self._directory}; there are: {steps or 'none'}"
             )

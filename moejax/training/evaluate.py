@@ -38,7 +38,7 @@ def evaluate(
         )
     ]
     sums = _total(program.eval_step, state, batches, dataset.bytes_V)
-    record = {
+    record: dict[str, Any] = {
         "bpb": _bits_per_byte(sums.nll_domain.sum(), sums.bytes_domain.sum()),
         "bpb_domain": {
             name: _bits_per_byte(nll, size)
@@ -80,5 +80,5 @@ def _total(
     return total
 
 
-def _bits_per_byte(nats: float, size: float) -> float:
+def _bits_per_byte(nats: Any, size: Any) -> float:
     return float(nats) / (math.log(2) * float(size))

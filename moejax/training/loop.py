@@ -197,7 +197,7 @@ def _interruptible() -> Iterator[list[int]]:
 
     def handler(number: int, _: Any) -> None:
         received.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

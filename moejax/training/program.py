@@ -100,7 +100,7 @@ def _build(
         return jax.jit(functools.partial(eval_step, graph=eval_graph, domains=num_domains))
 
     return Program(
-        init=jax.jit(init, out_shardings=where),
+        init=jax.jit(init, out_shardings=where, compiler_options=_run_once(devices)),
         train_step=compiled,
         eval_step=evaluator(evaluation),
         eval_as_trained=evaluator(as_trained) if as_trained else None,
@@ -109,6 +109,11 @@ def _build(
         size=model_size(config, vocab_size),
         compile_seconds=time.perf_counter() - start,
     )
+
+
+def _run_once(devices: tuple[jax.Device, ...]) -> dict[str, Any] | None:
+    """Compiler options of a function called once: on a CPU, optimising it costs more than running it."""
+    return {"xla_backend_optimization_level": 0} if devices[0].platform == "cpu" else None
 
 
 def _evaluations(config: Config) -> tuple[Config, Config | None]:
@@ -123,7 +128,7 @@ def _evaluations(config: Config) -> tuple[Config, Config | None]:
 def _abstract_batch(config: Config, sharding: NamedSharding) -> Batch:
     rows, sequence = config.data.batch, config.data.sequence
 
-    def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     tokens = array((rows, sequence))

@@ -68,7 +68,7 @@ def init_state(
 
 def shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """A NamedSharding for each leaf of an (abstract) state."""
-    everywhere = NamedSharding(mesh, P())
+    everywhere: Any = NamedSharding(mesh, P())
     return TrainState(
         step=everywhere,
         position=everywhere,

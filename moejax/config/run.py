@@ -1,0 +1,205 @@
+"""`Config`: one run, checked as a whole."""
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from moejax.config.sections import (
+    MeshConfig,
+    ModelConfig,
+    MoeConfig,
+    OptimizerConfig,
+    RouterConfig,
+    TrainConfig,
+    one_of,
+    require,
+)
+from moejax.data.config import DataConfig
+from moejax.names import did_you_mean
+from moejax.routing import BALANCE_LOSSES, RouterInput, hyperparameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. Hashable, so that whatever compiles for it can be cached by it.
+
+    Attributes:
+      balance: loss name -> weight, the names of BALANCE_LOSSES.
+    """
+
+    model: ModelConfig = ModelConfig()
+    moe: MoeConfig = MoeConfig()
+    router: RouterConfig = RouterConfig()
+    balance: tuple[tuple[str, float], ...] = tuple((name, 0.0) for name in BALANCE_LOSSES)
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        for name, weight in self.balance:
+            one_of("balance loss", name, BALANCE_LOSSES)
+            require(weight >= 0, f"balance.{name}={weight} must not be negative")
+        batch, parts = self.data.batch, self.train.accumulation
+        require(
+            batch % parts == 0,
+            f"data.batch={batch} is not divisible by train.accumulation={parts}",
+        )
+        if self.moe.experts:
+            self._check_moe()
+
+    def _check_moe(self) -> None:
+        moe, k = self.moe, self.router.k
+        if k is not None:
+            require(k >= 1, f"router.k={k} must be at least 1")
+            require(
+                k <= moe.experts,
+                f"router.k={k} is more than moe.experts={moe.experts}; lower k or add experts",
+            )
+        require(
+            moe.first_dense < self.model.layers,
+            f"moe.first_dense={moe.first_dense} leaves no layer of model.layers={self.model.layers}",
+        )
+        rest = self.model.layers - moe.first_dense
+        require(
+            rest % moe.every == 0,
+            f"the {rest} layers after moe.first_dense={moe.first_dense} are not divisible by "
+            f"moe.every={moe.every}",
+        )
+        rows = self.data.batch // self.train.accumulation
+        if self.router.name == "expert_choice" and k is not None:
+            for groups in {moe.groups, moe.evaluation().groups}:
+                tokens = {"batch": rows * self.data.sequence, "sequence": self.data.sequence}
+                size = tokens.get(groups, rows)
+                require(
+                    k * size >= moe.experts,
+                    f"expert_choice with groups={groups!r}: capacity k x tokens / experts = {k} x "
+                    f"{size} / {moe.experts} < 1; raise data.batch or router.k, or lower "
+                    "moe.experts",
+                )
+        _ = self.choices  # traces the router once, so that what it refuses is refused here
+
+    @property
+    def moe_layers(self) -> int:
+        if not self.moe.experts:
+            return 0
+        return (self.model.layers - self.moe.first_dense) // self.moe.every
+
+    @functools.cached_property
+    def choices(self) -> float:
+        """Experts per token: assignments over tokens, N / T, of what the router returns; 0 if
+        dense."""
+        experts = self.moe.experts
+        if not experts:
+            return 0.0
+        tokens, router = max(self.data.sequence, experts), self.router.make()
+
+        def assignments() -> jax.Array:
+            r = RouterInput(
+                logits_TE=jnp.zeros((tokens, experts)),
+                valid_T=jnp.ones(tokens, bool),
+                state=router.init(experts),
+                token_T=jnp.zeros(tokens, jnp.int32),
+            )
+            return router.route(r).token_N
+
+        return jax.eval_shape(assignments).shape[0] / tokens
+
+    @property
+    def leaks(self) -> bool:
+        """Whether training lets a token's output depend on later tokens of its sequence.
+
+        Expert choice does unless only one position competes; so does a binding capacity with K > 1
+        when all first choices go before any second one.
+        """
+        if not self.moe.experts or self.moe.groups == "position":
+            return False
+        spec = self.router.make().spec
+        if spec is not None and spec.chooses == "expert":
+            return True
+        options = {**hyperparameters(self.router.name), **dict(self.router.options)}
+        order = options.get("order", "k_major")
+        factor = self.moe.capacity_factor
+        binding = factor is not None and factor * self.choices < self.moe.experts
+        return binding and self.choices > 1 and order == "k_major"
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any] | ConfigDict) -> "Config":
+        """The checked config of a nested dict or ConfigDict.
+
+        Raises:
+          ValueError: unknown key (with the nearest known one), wrong type, or a value out of range.
+        """
+        tree = tree.to_dict() if isinstance(tree, ConfigDict) else dict(tree)
+        sections: dict[str, Any] = {}
+        fields = typing.get_type_hints(cls)
+        for name, value in tree.items():
+            one_of("config key", name, fields)
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{name}={value!r} is a {type(value).__name__}, must be a section")
+            if name == "router":
+                sections[name] = _router(value)
+            elif name == "balance":
+                sections[name] = tuple(
+                    (key, _typed(f"balance.{key}", weight, float)) for key, weight in value.items()
+                )
+            else:
+                sections[name] = _section(name, fields[name], value)
+        return cls(**sections)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as written to config.json; `from_dict` of it gives an equal
+        config."""
+        tree = {name: dataclasses.asdict(getattr(self, name)) for name in _SECTIONS}
+        tree["router"] = {"name": self.router.name, **dict(self.router.options)}
+        tree["balance"] = dict(self.balance)
+        return tree
+
+
+_SECTIONS = ("model", "moe", "data", "optimizer", "train", "mesh")
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _router(values: Mapping[str, Any]) -> RouterConfig:
+    """An option has the type of its default; RouterConfig itself refuses one that is unknown."""
+    router = values.get("name", "topk")
+    defaults = hyperparameters(router)
+    options = {name: _freeze(value) for name, value in values.items() if name != "name"}
+    for name, value in options.items():
+        if isinstance(defaults.get(name), bool | int | float | str):
+            options[name] = _typed(f"router.{name}", value, type(defaults[name]))
+    return RouterConfig(router, tuple(options.items()))
+
+
+def _section(section: str, cls: type, values: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(cls)
+    checked = {}
+    for name, value in values.items():
+        if name not in hints:
+            known = [f"{section}.{key}" for key in hints]
+            raise ValueError(
+                f"unknown config key {section}.{name}{did_you_mean(f'{section}.{name}', known)}"
+            )
+        checked[name] = _typed(f"{section}.{name}", _freeze(value), hints[name])
+    return cls(**checked)
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = tuple(typing.get_origin(kind) or kind for kind in kinds)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{name}={value!r} is a {type(value).__name__}, must be {wanted}")
+    return value
