@@ -1,7 +1,8 @@
 """Expert choice: experts pick tokens (Zhou et al. 2022, 2202.09368).
 
     moejax train --config=experiments/expert_choice.py:smoke --workdir=/tmp/expert_choice
- Trained on the pool of the whole batch, which lets a decoder see the future; evaluated causally,
+
+Trained on the pool of the whole batch, which lets a decoder see the future; evaluated causally,
 where only tokens at one position of different sequences compete. The difference of the two is the
 leak.
 """

@@ -1,7 +1,8 @@
 """Auxiliary-loss-free balancing: a bias instead of a loss (Wang et al. 2024, 2408.15664).
 
     moejax train --config=experiments/loss_free.py:smoke --workdir=/tmp/loss_free
- The paper's bias_rate of 1e-3 is for 40,000 steps; |b| is at most rate x steps, so short runs use
+
+The paper's bias_rate of 1e-3 is for 40,000 steps; |b| is at most rate x steps, so short runs use
 1e-2.
 """
 

@@ -1,7 +1,8 @@
 """Four routers and a dense model: what do experts buy at equal active parameters, data and steps?
 
     moejax compare experiments/routers.py:smoke
- Every arm has the same active parameters and, dense aside, the same total: Switch has E experts of
+
+Every arm has the same active parameters and, dense aside, the same total: Switch has E experts of
 the dense width, the top-2 arms 2 E of half that width. Takes minutes on two CPU cores.
 """
 

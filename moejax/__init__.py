@@ -1,5 +1,6 @@
 """moejax: Mixture-of-Experts routing, tried, compared and scaled in JAX.
- The legend of every name in the code. `x_TD` is an array of T rows and D columns; einsum letters
+
+The legend of every name in the code. `x_TD` is an array of T rows and D columns; einsum letters
 are the same letters in lower case.
 
     B batch (sequences)      E experts                   V vocabulary S sequence               K

@@ -65,7 +65,8 @@ class Config:
             )
         require(
             moe.first_dense < self.model.layers,
-            f"moe.first_dense={moe.first_dense} leaves no layer of model.layers={self.model.layers}",
+            f"moe.first_dense={moe.first_dense} leaves no layer of "
+            f"model.layers={self.model.layers}",
         )
         rest = self.model.layers - moe.first_dense
         require(

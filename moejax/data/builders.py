@@ -1,5 +1,6 @@
 """The TFDS side: our dataset builder, and reading records of a prepared dataset.
- Everything here is array_record, which TFDS reads and writes without TensorFlow (its default,
+
+Everything here is array_record, which TFDS reads and writes without TensorFlow (its default,
 tfrecord, needs it). Imported only when something has to be prepared: tensorflow_datasets takes half
 a second.
 
@@ -24,7 +25,7 @@ from tensorflow_datasets.core.utils import tqdm_utils
 from moejax.data import storage
 from moejax.data.config import DataConfig
 from moejax.data.corpora import SOURCES, STDLIB, Document, Source, group_of, held_out
-from moejax.data.prepared import BUILDER_VERSION, TRAIN, VALIDATION
+from moejax.data.splits import BUILDER_VERSION, TRAIN, VALIDATION
 
 FORMAT = "array_record"
 RECORDS_AT_ONCE = 256

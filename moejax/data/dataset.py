@@ -1,5 +1,6 @@
 """Batches of a corpus: an endless shuffled order for training, a fixed one for validation.
- Row r of the training order is a function of (seed, r) alone. So the whole state of the iterator is
+
+Row r of the training order is a function of (seed, r) alone. So the whole state of the iterator is
 the number of rows consumed, and the stream does not depend on how many processes read it.
 """
 
@@ -16,7 +17,8 @@ from moejax.data import storage
 from moejax.data.config import DataConfig
 from moejax.data.corpora import SOURCES
 from moejax.data.packing import Stream, Streams, open_tokenizer, packed
-from moejax.data.prepared import SPLITS, TRAIN, VALIDATION, open_corpora
+from moejax.data.prepared import open_corpora
+from moejax.data.splits import SPLITS, TRAIN, VALIDATION
 from moejax.data.tokenizer import SEPARATOR_TEXT, Tokenizer
 from moejax.data.windows import PADDED_ROW, Batch, Windows, balanced_order
 from moejax.names import did_you_mean

@@ -18,7 +18,8 @@ import numpy as np
 
 from moejax.data import storage
 from moejax.data.config import bpe_size
-from moejax.data.prepared import SPLITS, TRAIN, Prepared
+from moejax.data.prepared import Prepared
+from moejax.data.splits import SPLITS, TRAIN
 from moejax.data.tokenizer import (
     SEPARATOR,
     BpeTokenizer,

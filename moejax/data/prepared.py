@@ -1,6 +1,7 @@
 """Where the documents of a corpus are: our TFDS datasets, built when needed, and prepared standard
 ones.
- A standard corpus is only ever opened from a copy on disk. Asked to prepare one without a network,
+
+A standard corpus is only ever opened from a copy on disk. Asked to prepare one without a network,
 TFDS retries for minutes; so a missing copy is an error that says what to run.
 """
 
@@ -17,12 +18,10 @@ from pathlib import Path
 from moejax.data import storage
 from moejax.data.config import LOCAL_CORPORA, DataConfig
 from moejax.data.corpora import SOURCES, STDLIB, Source, unit_hash
+from moejax.data.splits import BUILDER_VERSION, TRAIN, VALIDATION
 
 log = logging.getLogger(__name__)
 
-TRAIN, VALIDATION = "train", "validation"
-SPLITS = (TRAIN, VALIDATION)
-BUILDER_VERSION = "1.0.0"  # raise it when corpora.py reads the same files differently
 HELD_OUT_SPLIT = {"lm1b": "test", "c4": "validation"}  # what TFDS holds out; else ours, by hash
 EXAMPLE_CONFIG = {"wikipedia": "wikipedia/20230601.en", "c4": "c4/en"}
 

@@ -1,5 +1,6 @@
 """Files that are prepared once: whole or absent, and safe against a second process and SIGKILL.
- A directory is written under a temporary name and renamed when it is complete. Whoever prepares
+
+A directory is written under a temporary name and renamed when it is complete. Whoever prepares
 holds a lock, which the system drops when its holder dies; so leftovers found under the lock are
 dead.
 """

@@ -1,5 +1,6 @@
 """Dispatch by sorting: rows in expert order, one grouped matmul, no buffer and no padding.
- What MegaBlocks (Gale et al. 2022, 2211.15841) calls dropless. A plan with a capacity is honoured
+
+What MegaBlocks (Gale et al. 2022, 2211.15841) calls dropless. A plan with a capacity is honoured
 like in the other two: what it dropped is simply not sent.
 """
 

@@ -1,5 +1,6 @@
 """From a routing to a plan: who fits. The one place where capacity is applied.
- Groups: capacity, and an expert's choice among tokens, hold within a *group* of tokens. 'batch':
+
+Groups: capacity, and an expert's choice among tokens, hold within a *group* of tokens. 'batch':
 all tokens of the batch; 'sequence': each sequence on its own; 'position': the tokens at one
 position of all sequences. Group g owns the slots [g C, (g+1) C) of every expert's buffer, so that
 dispatch knows nothing of groups.

@@ -1,6 +1,7 @@
 """The parts of a transformer that have nothing to do with experts: norm, attention, dense
 feed-forward.
- Parameters are float32 and named by their axes; the last part of a name is what `moejax.sharding`
+
+Parameters are float32 and named by their axes; the last part of a name is what `moejax.sharding`
 looks up. Matmuls run in the model's compute dtype.
 """
 

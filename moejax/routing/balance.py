@@ -1,5 +1,6 @@
 """Balance losses, each with its normalisation in its name and its docstring.
- A loss is a function of one layer's `MoeStats`: sums over the whole global batch, all microbatches
+
+A loss is a function of one layer's `MoeStats`: sums over the whole global batch, all microbatches
 and devices included. It is 1 at perfect balance (router_z: no such value); a training loss adds
 weight x mean over MoE layers. Gradients flow through the probabilities, never through the counts.
 """

@@ -1,5 +1,6 @@
 """What one forward pass says about its routing: sums over tokens, and the figures made from them.
- Every field of `MoeStats` is a sum, so the statistics of two microbatches, or of two devices, add
+
+Every field of `MoeStats` is a sum, so the statistics of two microbatches, or of two devices, add
 up to those of the whole batch. Balance losses and router-state updates are functions of these sums:
 that is why they do not depend on how a batch was cut.
 """

@@ -1,5 +1,6 @@
 """The two contracts of a router: what it is given, and what it returns.
- A routing is a sparse tokens x experts matrix in coordinate form, so that token choice, expert
+
+A routing is a sparse tokens x experts matrix in coordinate form, so that token choice, expert
 choice, hashing and assignment are one type, and one dispatcher, one set of metrics and one viewer
 serve them all.
 """

@@ -112,7 +112,7 @@ def _build(
 
 
 def _run_once(devices: tuple[jax.Device, ...]) -> dict[str, Any] | None:
-    """Compiler options of a function called once: on a CPU, optimising it costs more than running it."""
+    """Compiler options of a function called once: on a CPU, optimising it is not worth it."""
     return {"xla_backend_optimization_level": 0} if devices[0].platform == "cpu" else None
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moejax.data import Batch, DataConfig, open_dataset
-from moejax.data.prepared import SPLITS
+from moejax.data.splits import SPLITS
 
 
 def equal(one: Batch, other: Batch) -> bool:

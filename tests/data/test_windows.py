@@ -55,7 +55,7 @@ def test_every_token_is_a_target_once_and_segments_are_documents(documents, sequ
     predicted = [token for document in documents for token in (*document[1:], 0)]
     assert batch.targets_BS[batch.valid_BS].tolist() == predicted
     number = np.repeat(np.arange(len(documents)), [len(d) + 1 for d in documents])
-    for row, valid in enumerate(batch.valid_BS):
+    for row, _ in enumerate(batch.valid_BS):
         length = min(sequence, len(stream) - row * sequence)
         truth = number[row * sequence :][:length]
         assert batch.segment_BS[row][:length].tolist() == (truth - truth[0]).tolist()

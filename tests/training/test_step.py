@@ -121,9 +121,7 @@ def loss_of():
     @functools.cache
     def compiled(weights):
         config = tiny.tiny(router=tiny.LOSS_FREE, balance=dict(weights))
-        call = functools.partial(
-            loss_fn, graph=make_graph(config, tiny.VOCABULARY), config=config
-        )
+        call = functools.partial(loss_fn, graph=make_graph(config, tiny.VOCABULARY), config=config)
         return jax.jit(call, compiler_options=FAST)
 
     def call(weights, params, bias_LE):
