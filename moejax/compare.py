@@ -1,5 +1,6 @@
-"""Train every variant of an experiment over seeds, then report: moejax compare
-experiments/routers.py:smoke
+"""Train every variant of an experiment over seeds, then report.
+
+    moejax compare experiments/routers.py:smoke
 
 A variant's run that is finished is not run again, one that was cut is resumed. Run some variants
 here and some on another machine (--variants), then `moejax report DIR DIR ...` joins them.
