@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules, from optax."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from moejax.config import OptimizerConfig
@@ -25,7 +26,11 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         after = optax.cosine_decay_schedule(peak, rest, config.final_fraction)
     elif config.schedule == "rsqrt":
         start = max(1, warmup)
-        after = lambda step: peak * (start / (start + step)) ** 0.5  # noqa: E731
+
+        def after(step: jax.typing.ArrayLike) -> jax.Array:
+            # `join_schedules` asks during the warm-up too, with steps below 0.
+            return peak * jnp.sqrt(start / (start + jnp.maximum(step, 0)))
+
     elif config.schedule == "wsd":
         after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
     else:

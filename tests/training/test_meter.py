@@ -121,6 +121,9 @@ def test_a_run_whose_routing_collapses_says_so_and_a_balanced_one_does_not(
     program, config, tmp_path, monkeypatch, capsys
 ):
     """A bias of 100 on one expert: all tokens choose it, and a rate of 0.01 cannot undo that."""
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, collapse_share=0.99)
+    )
     train(config, tmp_path / "balanced")
     assert alarms_of(tmp_path / "balanced") == []
     assert "collapses" not in capsys.readouterr().err

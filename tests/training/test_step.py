@@ -31,11 +31,16 @@ def first_state(config, optimizer):
 
 
 @functools.cache
+def start_of(arm):
+    return first_state(tiny.tiny(**tiny.ARMS[arm]), optax.sgd(1.0))
+
+
+@functools.cache
 def stepped(arm, mesh=MeshConfig(data=1), accumulation=1):
     """State before, state after, metrics. Plain gradient descent with rate 1: the update is -gradient."""
     config = tiny.tiny(**{**tiny.ARMS[arm], "train": {"accumulation": accumulation}})
     optimizer = optax.sgd(1.0)
-    before = first_state(config, optimizer)
+    before = start_of(arm)
     count = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor
     grid = make_mesh(mesh, jax.devices()[:count])
     where = shardings(before, grid)
@@ -45,25 +50,24 @@ def stepped(arm, mesh=MeshConfig(data=1), accumulation=1):
     )
     run = jax.jit(step, out_shardings=(where, None), compiler_options=FAST)
     after, metrics = run(jax.device_put(before, where), batch)
-    return before, after, jax.device_get(metrics)
+    shards = jax.tree.map(lambda a: {s.data.shape for s in a.addressable_shards}, after.params)
+    return before, jax.device_get(after), jax.device_get(metrics), shards
 
 
 def assert_same_step(ours, theirs):
     """Loss, balance losses, routing figures, gradients and router state, to float tolerance."""
-    (before, after, metrics), (_, reference, expected) = ours, theirs
+    (before, after, metrics, _), (_, reference, expected, _) = ours, theirs
     close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
     jax.tree.map(close, metrics, expected)
-    jax.tree.map(close, jax.device_get(after.params), jax.device_get(reference.params))
+    jax.tree.map(close, after.params, reference.params)
     if before.router_state is not None:  # signs: exactly
         tiny.assert_identical(after.router_state, reference.router_state)
-    assert after.step == reference.step == 1
-    assert after.position == reference.position == 8
+    assert (int(after.step), int(after.position)) == (1, 8)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before.params, after.params)
     assert all(float(x) > 0 for x in jax.tree.leaves(moved)), moved
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-@pytest.mark.parametrize("arm", ["switch", "loss_free"])
+@pytest.mark.parametrize(("arm", "parts"), [("switch", 4), ("loss_free", 2), ("loss_free", 4)])
 def test_accumulation_changes_nothing(arm, parts):
     assert_same_step(stepped(arm, accumulation=parts), stepped(arm))
 
@@ -72,7 +76,6 @@ FULL = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
 MESHES = [
     ("loss_free", MeshConfig(data=8)),
     ("switch", MeshConfig(data=2, fsdp=2, expert=2)),
-    ("loss_free", MeshConfig(data=2, fsdp=2, expert=2)),
     *((arm, FULL) for arm in tiny.ARMS),
 ]
 
@@ -82,11 +85,19 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(arm, mesh):
     assert_same_step(stepped(arm, mesh), stepped(arm))
 
 
+def keys(path):
+    return jax.tree_util.keystr(path)
+
+
 @pytest.mark.parametrize("arm", list(tiny.ARMS))
 def test_arrays_lie_on_the_mesh_as_the_table_says(arm):
-    _, after, _ = stepped(arm, FULL)
+    _, after, _, shards = stepped(arm, FULL)
     sizes = {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}
     assert SHARDINGS["batch_B"] == jax.P(BATCH_AXES)
+    lies = {
+        keys(path): shapes
+        for path, shapes in jax.tree.leaves_with_path(shards, is_leaf=lambda x: isinstance(x, set))
+    }
     for path, leaf in jax.tree.leaves_with_path(after.params):
         name = path[-1].key
         rule = SHARDINGS[name]
@@ -94,14 +105,13 @@ def test_arrays_lie_on_the_mesh_as_the_table_says(arm):
         parts = [1] * stacked + [sizes.get(axis, 1) for axis in rule]
         parts += [1] * (leaf.ndim - len(parts))
         expected = tuple(n // part for n, part in zip(leaf.shape, parts, strict=True))
-        assert {shard.data.shape for shard in leaf.addressable_shards} == {expected}, name
-        assert len(leaf.addressable_shards) == 8
+        assert lies[keys(path)] == {expected}, name
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_the_bias_moves_once_a_step_towards_the_idle_experts(parts):
     """Wang et al. 2024, algorithm 1: b += u sign(mean load - load), of the whole batch."""
-    before, after, metrics = stepped("loss_free", accumulation=parts)
+    before, after, metrics, _ = stepped("loss_free", accumulation=parts)
     idle_LE = np.sign(0.25 - metrics["load_LE"])
     assert set(np.unique(idle_LE)) >= {-1.0, 1.0}
     expected_LE = before.router_state + np.float32(BIAS_RATE) * idle_LE.astype(np.float32)
@@ -133,7 +143,7 @@ def loss_of():
 
 @pytest.fixture(scope="module")
 def state() -> TrainState:
-    return first_state(tiny.tiny(router=tiny.LOSS_FREE), optax.sgd(1.0))
+    return jax.tree.map(jnp.asarray, start_of("loss_free"))
 
 
 def test_balance_losses_enter_the_loss_with_their_weight(loss_of, state):
@@ -161,7 +171,8 @@ def test_the_routers_bias_is_read_by_the_forward_pass(loss_of, state):
 def test_the_gradient_of_the_weighted_losses_reaches_the_router(state):
     """Central differences along the gradient itself; a weight of 3 lets the balance losses dominate."""
     config = tiny.tiny(router=tiny.LOSS_FREE, balance={"load_balance": 3.0, "router_z": 3.0})
-    batch, key = tiny.dataset().train_batch(0, seed=0), jax.random.key(0)
+    key = jax.random.key(0)
+    batch = jax.tree.map(jnp.asarray, tiny.dataset().train_batch(0, seed=0))
     graph = make_graph(config, tiny.VOCABULARY)
 
     def loss(w_router_LDE):
