@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 BIG = Shape(dim=512, ffn=2048, experts=16, k=2, tokens=8192)
 EIGHT = Shape(dim=256, ffn=1024, experts=8, k=2, tokens=4096)
-SIXTEEN = Shape(dim=256, ffn=1024, experts=16, k=2, tokens=2048)
+SIXTEEN = Shape(dim=256, ffn=1024, experts=16, k=2, tokens=4096)
 
 
 def in_turns(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
