@@ -56,7 +56,8 @@ def tiny(**sections: dict[str, Any]) -> Config:
 
 
 LOSS_FREE = {"name": "loss_free", "k": 2, "bias_rate": 1e-2}
-# The arms of the first comparison. Groups of sequences, so that no split of the batch changes who drops.
+# The arms of the first comparison. Groups of sequences, so that no split of the batch changes who
+# drops.
 ARMS: dict[str, dict[str, Any]] = {
     "dense": {"moe": {"experts": 0}},
     "switch": {

@@ -1,5 +1,7 @@
 """Optimizers and learning-rate schedules, from optax."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -25,17 +27,17 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, rest, config.final_fraction)
     elif config.schedule == "rsqrt":
-        start = max(1, warmup)
-
-        def after(step: jax.typing.ArrayLike) -> jax.Array:
-            # `join_schedules` asks during the warm-up too, with steps below 0.
-            return peak * jnp.sqrt(start / (start + jnp.maximum(step, 0)))
-
+        after = functools.partial(_inverse_square_root, peak, max(1, warmup))
     elif config.schedule == "wsd":
         after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
     else:
         after = optax.constant_schedule(peak)
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def _inverse_square_root(peak: float, start: int, step: jax.typing.ArrayLike) -> jax.Array:
+    # Not below 0: `join_schedules` asks during the warm-up too.
+    return peak * jnp.sqrt(start / (start + jnp.maximum(step, 0)))
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

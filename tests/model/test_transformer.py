@@ -11,12 +11,12 @@ from flax import nnx
 from moejax.config import Config
 from moejax.model import Transformer
 from moejax.model.layers import RMSNorm, attention_mask, rope
-from tests.model.tiny import LENGTH, ROWS, VOCAB, build, close, named, tiny_config, tokens
+from tests.model.tiny import LENGTH, ROWS, VOCAB, build, close, graph_of, named, tiny_config, tokens
 
 
 def looped(config: Config, params: Any, token_BS: jax.Array, key: Any, state_LE: Any) -> Any:
     """The same model with a Python loop over layers instead of the scan."""
-    model = nnx.merge(build(config)[0], params)
+    model = nnx.merge(graph_of(config), params)
     context = model._context(token_BS, None, None, None)
     x_BSD = model.embed_VD[...][token_BS]
     keys = (
@@ -137,29 +137,6 @@ def test_layouts_and_parameter_counts(changes: dict[str, Any], kinds: str, count
     assert config.moe_layers == kinds.count("m")
 
 
-def test_layers_start_from_different_weights() -> None:
-    leaves = named(build(tiny_config(model__layers=4, moe__every=2))[1])
-    for name, a in leaves.items():
-        if name.startswith("stacks") and not name.endswith("scale_D"):
-            assert not np.array_equal(a[0], a[1]), name
-    both = [leaves[f"stacks.0.blocks.{block}.attention.w_query_DHA"] for block in (0, 1)]
-    assert not np.array_equal(*both)
-
-
-def test_arms_of_one_seed_share_what_they_have_in_common() -> None:
-    dense, wide = build(tiny_config(moe__experts=0))[1], build(tiny_config(moe__experts=4))[1]
-    other = build(tiny_config("expert_choice", moe__experts=4, moe__shared=1))[1]
-    dense, wide, other = named(dense), named(wide), named(other)
-    common = [name for name in dense if "feed_forward." not in name]
-    assert len(common) == 3 + 2 + 4  # embedding, unembedding, final norm; two norms; attention
-    for name in common:
-        np.testing.assert_array_equal(wide[name], dense[name])
-        np.testing.assert_array_equal(other[name], dense[name])
-    routers = [name for name in wide if name.endswith(("_DE", "_EDF", "_EFD"))]
-    for name in routers:  # and two MoE arms their experts and router, whatever routes
-        np.testing.assert_array_equal(other[name], wide[name])
-
-
 def test_grouped_queries_share_their_key_and_value_head() -> None:
     # One kv head is two equal ones.
     token_BS = tokens()
@@ -249,50 +226,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32() -> None:
     graph, params = build(tiny_config(model__dtype="bfloat16"))
     assert {a.dtype for a in named(params).values()} == {np.dtype("float32")}
     low, stats = nnx.merge(graph, params)(tokens())
-    high, _ = nnx.merge(build(tiny_config())[0], params)(tokens())
+    high, _ = nnx.merge(graph_of(tiny_config()), params)(tokens())
     assert low.dtype == jnp.float32 and stats.prob_E.dtype == jnp.float32
     assert 1e-4 < np.abs(low - high).mean() < 0.05
     assert "bf16" in str(jax.make_jaxpr(lambda t: nnx.merge(graph, params)(t)[0])(tokens()))
-
-
-def test_initial_loss_is_that_of_guessing() -> None:
-    config = tiny_config(model__dim=64, model__ffn=64)
-    logits_BSV, _ = Transformer(config, VOCAB, nnx.Rngs(0))(tokens(0, (4, 8)))
-    loss = -jax.nn.log_softmax(logits_BSV[:, :-1])
-    loss = jnp.take_along_axis(loss, tokens(0, (4, 8))[:, 1:, None], axis=-1).mean()
-    # Logits of unit variance cost about half a nat over ln V.
-    assert np.log(VOCAB) - 0.2 < loss < np.log(VOCAB) + 1.0
-
-
-def test_initial_weights_have_the_configured_variance() -> None:
-    # std = sqrt(scale / fan-in); router_scale is a factor on top: sqrt(.01) = .1 of the others.
-    config = tiny_config(
-        model__dim=64, model__ffn=96, model__init_scale=0.5, moe__router_scale=0.01, moe__shared=1
-    )
-    leaves = named(build(config)[1])
-    fan_in = {
-        "embed_VD": 64,
-        "unembed_DV": 64,
-        "w_query_DHA": 64,
-        "w_key_DGA": 64,
-        "w_value_DGA": 64,
-        "w_out_HAD": 64,
-        "w_in_EDF": 64,
-        "w_gate_EDF": 64,
-        "w_out_EFD": 96,
-        "w_in_DF": 64,
-        "w_gate_DF": 64,
-        "w_out_FD": 96,
-        "w_router_DE": 64 / 0.01,
-    }
-    seen = set()
-    for name, a in leaves.items():
-        kind = name.split(".")[-1]
-        if kind == "scale_D":
-            np.testing.assert_array_equal(a, 1.0)
-            continue
-        std = (0.5 / fan_in[kind]) ** 0.5
-        assert float(np.std(a)) == pytest.approx(std, rel=4 / a.size**0.5), name
-        assert np.abs(a).max() <= 2 * std / 0.879 + 1e-6, name  # cut at 2 sd of the normal
-        seen.add(kind)
-    assert seen == set(fan_in)

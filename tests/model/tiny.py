@@ -1,5 +1,6 @@
 """A transformer small enough to compile in a second, and its parameters as a plain tree."""
 
+import functools
 from typing import Any
 
 import jax
@@ -28,9 +29,15 @@ def tiny_config(
     return Config.from_dict(config)
 
 
-def build(config: Config, seed: int = 0) -> tuple[nnx.GraphDef, Any]:
-    """The model taken apart: what is static, and its parameters."""
-    return nnx.split(Transformer(config, VOCAB, nnx.Rngs(seed)))
+def graph_of(config: Config) -> nnx.GraphDef:
+    """What is static of the model."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, VOCAB, nnx.Rngs(0))))
+
+
+@functools.cache
+def build(config: Config) -> tuple[nnx.GraphDef, Any]:
+    """The model taken apart: what is static, and its parameters; compiled once for a config."""
+    return graph_of(config), jax.jit(lambda: nnx.state(Transformer(config, VOCAB, nnx.Rngs(0))))()
 
 
 def tokens(seed: int = 0, shape: tuple[int, ...] = (ROWS, LENGTH)) -> jax.Array:

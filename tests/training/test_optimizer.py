@@ -60,7 +60,8 @@ PARAMS = {
 
 
 def updates(gradient, steps=1, **options):
-    """The last update of `steps` steps with the same gradient everywhere, at a constant rate of 0.1."""
+    """The last update of `steps` steps with the same gradient everywhere, at a constant rate of
+    0.1."""
     optimizer = make_optimizer(
         OptimizerConfig(learning_rate=0.1, warmup=0, schedule="constant", **options), 10
     )
@@ -86,14 +87,18 @@ def test_weight_decay_takes_matrices_and_leaves_norm_scales(name):
 
 
 def test_adamw_by_hand():
-    """One step from zero moments: m = (1-b1) g, v = (1-b2) g^2, both unbiased: rate x g / (|g| + eps)."""
+    """One step from zero moments: m = (1-b1) g, v = (1-b2) g^2, both unbiased: rate x g / (|g| +
+    eps)."""
     update = updates(3.0, name="adamw", weight_decay=0.0, clip=0.0, eps=1.0)
     np.testing.assert_allclose(update["embed_VD"], -0.1 * 3.0 / (3.0 + 1.0), rtol=1e-5)
 
 
 def test_b1_and_b2_are_read():
-    """After gradients g, then g: still g / sqrt(g^2); so let eps show the second moment's debias."""
-    slow = make_optimizer(OptimizerConfig(warmup=0, schedule="constant", clip=0.0, b1=0.0, b2=0.5), 10)
+    """After gradients g, then g: still g / sqrt(g^2); so let eps show the second moment's
+    debias."""
+    slow = make_optimizer(
+        OptimizerConfig(warmup=0, schedule="constant", clip=0.0, b1=0.0, b2=0.5), 10
+    )
     params = {"w_in_DF": jnp.zeros((1, 1))}
     state = slow.init(params)
     update = None
@@ -105,7 +110,8 @@ def test_b1_and_b2_are_read():
 
 
 def test_clipping_is_by_the_global_norm():
-    """Sums of squares over all arrays: N entries of g have norm g sqrt(N); eps = 1 makes it visible."""
+    """Sums of squares over all arrays: N entries of g have norm g sqrt(N); eps = 1 makes it
+    visible."""
     entries = 4 + 12 + 60 + 24
     clipped = 1.0 / np.sqrt(entries)  # of every entry, whatever the gradient was
     update = updates(50.0, clip=1.0, eps=1.0, weight_decay=0.0)

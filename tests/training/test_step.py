@@ -1,4 +1,5 @@
-"""One optimizer step: the same however the batch is cut and wherever it lies; what enters the loss."""
+"""One optimizer step: the same however the batch is cut and wherever it lies; what enters the
+loss."""
 
 import functools
 
@@ -35,9 +36,13 @@ def start_of(arm):
     return first_state(tiny.tiny(**tiny.ARMS[arm]), optax.sgd(1.0))
 
 
+ONE_DEVICE = MeshConfig(data=1)
+
+
 @functools.cache
-def stepped(arm, mesh=MeshConfig(data=1), accumulation=1):
-    """State before, state after, metrics. Plain gradient descent with rate 1: the update is -gradient."""
+def stepped(arm, mesh=ONE_DEVICE, accumulation=1):
+    """State before, state after, metrics. Plain gradient descent with rate 1: the update is
+    -gradient."""
     config = tiny.tiny(**{**tiny.ARMS[arm], "train": {"accumulation": accumulation}})
     optimizer = optax.sgd(1.0)
     before = start_of(arm)
@@ -125,7 +130,8 @@ def test_routers_without_a_state_carry_none():
 
 @pytest.fixture(scope="module")
 def loss_of():
-    """(weights, parameters, router bias) -> loss and aux, of one program for each set of weights."""
+    """(weights, parameters, router bias) -> loss and aux, of one program for each set of
+    weights."""
     batch = tiny.dataset().train_batch(0, seed=0)
 
     @functools.cache
@@ -169,7 +175,8 @@ def test_the_routers_bias_is_read_by_the_forward_pass(loss_of, state):
 
 
 def test_the_gradient_of_the_weighted_losses_reaches_the_router(state):
-    """Central differences along the gradient itself; a weight of 3 lets the balance losses dominate."""
+    """Central differences along the gradient itself; a weight of 3 lets the balance losses
+    dominate."""
     config = tiny.tiny(router=tiny.LOSS_FREE, balance={"load_balance": 3.0, "router_z": 3.0})
     key = jax.random.key(0)
     batch = jax.tree.map(jnp.asarray, tiny.dataset().train_batch(0, seed=0))

@@ -1,0 +1,303 @@
+"""The command line: bad input is one line, exit code 2, and nothing written; comparisons go on."""
+
+import importlib
+import json
+import sys
+
+import jax
+import pytest
+from absl import flags
+
+from moejax import cli
+from moejax.training.records import read_records
+from tests import tiny
+
+# ml_collections loads config files in a way that Python means to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning")
+
+EXPERIMENT = """
+from moejax.config import default_config, override
+from moejax.reporting import Claim, Suite, less
+from tests.tiny import SIZES, data_dir
+
+
+def get_config(scale="smoke"):
+    if scale != "smoke":
+        raise ValueError(f"unknown scale {scale!r}; known: smoke")
+    changes = {"train.steps": 4, "train.log_every": 2, "data.data_dir": data_dir()}
+    return override(default_config(), {**SIZES, "router.name": "switch", **changes})
+
+
+def get_suite(scale="smoke"):
+    return Suite(
+        name="pair",
+        scale=scale,
+        question="Does it go through?",
+        variants={"dense": {"moe.experts": 0}, "switch": {"balance.load_balance": 0.01}},
+        seeds=(0, 1),
+        claims=(Claim("P1", "better", "nobody", "S", less("eval.bpb", "switch", "dense")),),
+    )
+"""
+
+
+@pytest.fixture(scope="session")
+def experiment(tmp_path_factory):
+    path = tmp_path_factory.mktemp("own") / "experiments" / "pair.py"
+    path.parent.mkdir()
+    path.write_text(EXPERIMENT)
+    single = path.with_name("single.py")
+    single.write_text(EXPERIMENT.replace("get_suite", "another_name"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """The seconds of every compilation since the session began."""
+    seconds = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: (
+            seconds.append(duration) if "backend_compile" in event else None
+        )
+    )
+    return seconds
+
+
+def forget_flags():
+    """Verbs share names of flags, for a process has one verb."""
+    known = flags.FLAGS
+    for name in list(known):
+        module = known.find_module_defining_flag(name) or ""
+        if module.startswith("moejax") or name.partition(".")[0] == "config":
+            delattr(known, name)
+
+
+@pytest.fixture
+def moejax(monkeypatch, capsys):
+    """`moejax VERB ...` in this process: exit code, standard output, standard error."""
+
+    def call(*argv):
+        forget_flags()
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setattr(sys, "argv", ["moejax", *map(str, argv)])
+        capsys.readouterr()
+        if argv and argv[0] in cli.VERBS:
+            name = f"moejax.{argv[0]}"
+            if name in sys.modules:
+                importlib.reload(sys.modules[name])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return caught.value.code, *capsys.readouterr()
+
+    return call
+
+
+def assert_refused(answer, *words):
+    code, out, err = answer
+    assert (code, out) == (2, ""), err
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    assert "Traceback" not in line
+    for word in words:
+        assert word in line
+
+
+WRONG = [
+    (["--config.moe.evry=2"], ["unknown config key moe.evry; did you mean moe.every?"]),
+    (["--config.mo.every=2"], ["unknown config key mo.every", "did you mean moe.every"]),
+    (["--config.zzz=2"], ["unknown config key zzz"]),
+    (["--config.router.bias_rat=2"], ["unknown config key router.bias_rat"]),
+    (["--config.train.steps=many"], ["train.steps", "many"]),
+    (["--config.router.k=9", "--config.router.name=topk"], ["router.k"]),
+    (["--config.moe.experts=0.5"], ["moe.experts", "0.5"]),
+    (["--config.moe.capacity_factor=0"], ["moe.capacity_factor=0.0 leaves no slot (capacity < 1)"]),
+    (["--config.router.name=swich"], ["unknown router 'swich'; did you mean 'switch'?"]),
+    (["--config.data.batch=12"], ["batch 12 is not divisible by data x fsdp x expert = 8"]),
+    (["--config.train.accumulation=3"], ["data.batch=8 is not divisible by train.accumulation=3"]),
+    (["--config.mesh.tensor=3"], ["8 devices are not divisible by 3"]),
+    (["--config.mesh.tensor=4"], ["H=2 is not divisible by mesh axis tensor=4"]),
+    (["--config.optimizer.warmup=4"], ["optimizer.warmup=4 must end before train.steps=4"]),
+    (["--config.data.name=stdlb"], ["unknown corpus 'stdlb'; did you mean 'stdlib'?"]),
+    (["--config.data.name=c4", "--config.data.data_dir={tmp}"], ["c4", "{tmp}"]),
+    (["--config.data.domains=('cod',)"], ["no domain 'cod'; did you mean 'code'?"]),
+    (["--config.data.data_dir={tmp}/file"], ["{tmp}/file"]),
+    (["--wrkdir=x"], ["wrkdir", "workdir"]),
+    (["surplus"], ["unknown argument 'surplus'"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG, ids=[" ".join(a) for a, _ in WRONG])
+def test_bad_input_of_train(moejax, experiment, tmp_path, compiled, arguments, words):
+    (tmp_path / "file").write_text("precious")
+    before = len(compiled)
+    arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
+    answer = moejax("train", f"--config={experiment}", f"--workdir={tmp_path}/run", *arguments)
+    assert_refused(answer, *(word.replace("{tmp}", str(tmp_path)) for word in words))
+    assert tiny.snapshot(tmp_path) == {"file": b"precious"}
+    assert len(compiled) == before
+
+
+def test_more_choices_than_experts(moejax, tmp_path):
+    config = "--config=experiments/loss_free.py:smoke"
+    answer = moejax("train", config, f"--workdir={tmp_path}/run", "--config.router.k=99")
+    assert_refused(answer, "router.k=99 is more than moe.experts=16; lower k or add experts")
+
+
+def test_train_says_what_it_needs(moejax, experiment, tmp_path):
+    assert_refused(moejax("train", f"--config={experiment}"), "--workdir")
+    assert_refused(moejax("train", f"--workdir={tmp_path}/run"), "--config")
+    assert_refused(moejax("train", "experiments/swich.py"), "no experiment file", "switch.py")
+    answer = moejax("train", f"{experiment}:huge", f"--workdir={tmp_path}/run")
+    assert_refused(answer, "unknown scale 'huge'; known: smoke")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_are_not_this_runs(moejax, experiment, tmp_path):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/thesis.tex").write_text("precious")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/config.json").write_text("{")
+    before = tiny.snapshot(tmp_path)
+    for folder, words in (("foreign", "is not empty"), ("damaged", "is not JSON")):
+        answer = moejax("train", experiment, f"--workdir={tmp_path / folder}")
+        assert_refused(answer, words, "choose another --workdir")
+    assert tiny.snapshot(tmp_path) == before
+
+
+def test_evaluate_and_report_say_what_is_missing(moejax, tmp_path):
+    assert_refused(moejax("evaluate"), "usage: moejax evaluate WORKDIR")
+    assert_refused(moejax("evaluate", tmp_path / "none"), "holds no run", "config.json")
+    assert_refused(moejax("report"), "usage: moejax report DIR")
+    assert_refused(moejax("report", tmp_path / "none"), str(tmp_path / "none"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_of_compare(moejax, experiment, tmp_path):
+    out = f"--out={tmp_path}/out"
+    single = experiment.with_name("single.py")
+    assert_refused(moejax("compare"), "usage: moejax compare")
+    assert_refused(moejax("compare", single, out), "has no get_suite")
+    answer = moejax("compare", experiment, out, "--variants=dense,swich")
+    assert_refused(answer, "unknown variant 'swich'", "known: dense, switch")
+    assert_refused(moejax("compare", experiment, out, "--seeds=0,one"), "seeds", "one")
+    assert_refused(moejax("compare", experiment, out, "--config.moe.experts=3"), "experts")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_verb_all_verbs_are_listed(moejax):
+    for argv in ([], ["tarin"]):
+        code, out, err = moejax(*argv)
+        assert (code, out) == (2, "")
+        assert all(f"moejax {verb}" in err for verb in cli.VERBS)
+    assert "no verb 'tarin'" in err
+    assert moejax("--help")[0] == 0
+
+
+def test_every_verb_is_a_module_with_a_main():
+    for verb in cli.VERBS:
+        spec = importlib.util.find_spec(f"moejax.{verb}")
+        assert spec is not None, verb
+
+
+def finished(out):
+    """Run -> when its summary was written, and the steps that its training records have."""
+    return {
+        str(path.parent.relative_to(out)): (
+            path.stat().st_mtime_ns,
+            [
+                r["step"]
+                for r in read_records(path.parent / "metrics.jsonl")
+                if r["kind"] == "train"
+            ],
+        )
+        for path in sorted(out.glob("*/*/summary.json"))
+    }
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("compare") / "out"
+
+
+RUNS = ["dense/seed0", "dense/seed1", "switch/seed0", "switch/seed1"]
+
+
+def test_compare_ends_in_a_report_and_again_trains_nothing(moejax, experiment, out):
+    code, text, err = moejax("compare", experiment, f"--out={out}")
+    assert code == 0, err
+    first = finished(out)
+    assert list(first) == RUNS
+    assert {tuple(steps) for _, steps in first.values()} == {(2, 4)}
+    assert "P1" in text and "dense" in text and "switch" in text
+    page = (out / "report.html").read_text()
+    assert "Does it go through?" in page and "P1" in page
+    seeds = [json.loads((out / run / "summary.json").read_text())["bpb"] for run in RUNS]
+    assert len(set(seeds)) == 4  # seeds and variants differ
+
+    code, again, _ = moejax("compare", experiment, f"--out={out}")
+    assert code == 0
+    assert finished(out) == first
+    assert again == text
+
+    (out / "switch/seed1/summary.json").unlink()
+    code, _, err = moejax("compare", experiment, f"--out={out}")
+    assert code == 0
+    second = finished(out)
+    assert {run for run in RUNS if second[run] != first[run]} == {"switch/seed1"}
+    assert "[1/1] switch/seed1" in err
+    assert second["switch/seed1"][1] == [2, 4]
+    assert json.loads((out / "switch/seed1/summary.json").read_text())["bpb"] == seeds[3]
+
+
+def test_compare_refuses_the_folder_of_another_comparison(moejax, experiment, out):
+    before = tiny.snapshot(out)
+    answer = moejax("compare", experiment, f"--out={out}", "--config.model.ffn=64")
+    assert_refused(answer, "model.ffn=32, this one has model.ffn=64")
+    assert tiny.snapshot(out) == before
+
+
+def test_variants_of_two_folders_join_in_one_report(moejax, experiment, out, tmp_path):
+    for name in ("dense", "switch"):
+        part = tmp_path / name
+        code, _, err = moejax("compare", experiment, f"--out={part}", f"--variants={name}")
+        assert code == 0, err
+        assert list(finished(part)) == [run for run in RUNS if run.startswith(name)]
+    answer = moejax("report", tmp_path / "dense", tmp_path / "switch", f"--to={tmp_path}/both")
+    assert answer[0] == 0, answer
+    assert (tmp_path / "both/report.html").is_file()
+    whole = moejax("report", out, f"--to={tmp_path}/whole")
+    assert verdicts(answer[1]) == verdicts(whole[1]) != []
+
+
+def verdicts(text):
+    return [line for line in text.splitlines() if "P1" in line]
+
+
+def test_evaluate_prints_the_runs_own_bits_per_byte(moejax, out):
+    run = out / "switch/seed0"
+    before = tiny.snapshot(run)
+    code, text, err = moejax("evaluate", run, "--rows=16")
+    assert code == 0, err
+    summary = json.loads((run / "summary.json").read_text())
+    assert f"step 4: bits per byte {summary['bpb']:.4f} on" in text
+    assert_refused(moejax("evaluate", run, "--step=3"), "no checkpoint of step 3", "[4]")
+    assert tiny.snapshot(run) == before
+
+
+def test_a_run_that_diverges_exits_with_1_and_keeps_what_was_saved(moejax, experiment, tmp_path):
+    """The first update has rate 0; the second one makes the weights huge, the third step fails."""
+    changes = {"optimizer.learning_rate": 1e30, "optimizer.clip": 0.0, "moe.experts": 0}
+    changes |= {"train.steps": 9, "train.checkpoint_every": 1, "train.log_every": 1}
+    arguments = [f"--config.{key}={value}" for key, value in changes.items()]
+    code, _, err = moejax("train", experiment, f"--workdir={tmp_path}/run", *arguments)
+    assert code == 1
+    last = err.splitlines()[-1]
+    assert last.startswith("error: step 3: loss ") and "position 24 of the data stream" in last
+    assert [r["step"] for r in read_records(tmp_path / "run/metrics.jsonl")] == [1, 2]
+    assert not (tmp_path / "run/summary.json").exists()
+    sections: dict[str, dict[str, object]] = {}
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    state = tiny.saved_state(tmp_path / "run", tiny.tiny(router={"name": "switch"}, **sections), 1)
+    assert int(state.step) == 1
+    assert all(bool(jax.numpy.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
