@@ -38,10 +38,12 @@ def main(arguments: list[str]) -> int:
         suite = dataclasses.replace(suite, seeds=tuple(int(seed) for seed in SEEDS.value))
     out = Path(OUT.value or f"runs/{suite.name}/{suite.scale}")
     configs = plan(suite, CONFIG.value, VARIANTS.value)
-    from moejax.training.checkpoint import claim
+    from moejax.training.checkpoint import check_claim, claim
     from moejax.training.loop import Stopped
     from moejax.training.meter import NonFiniteLoss
 
+    for name, config in configs.items():  # all of them, before the first is written
+        check_claim(out / name, config)
     for name, config in configs.items():
         claim(out / name, config)
     described = {**suite.to_json(), "experiment": f"{path}:{scale}"}

@@ -16,6 +16,7 @@ import jax
 
 from moejax.config import Config
 from moejax.data import TextDataset, open_dataset
+from moejax.sharding import check_batch, make_mesh
 from moejax.training.checkpoint import Checkpoints, check_claim, claim
 from moejax.training.evaluate import evaluate
 from moejax.training.hardware import device_name, peak_flops
@@ -45,7 +46,9 @@ def train(
     started = time.perf_counter()
     workdir = Path(workdir)
     progress = Progress(label, config.train.steps, quiet)
-    make_schedule(config.optimizer, config.train.steps)  # refuses before data is prepared
+    # These refuse before data is prepared, which may take a minute.
+    make_schedule(config.optimizer, config.train.steps)
+    check_batch(config.data.batch // config.train.accumulation, make_mesh(config.mesh))
     check_claim(workdir, config)
     dataset = open_dataset(config.data, progress=not quiet)
     check_same_data(workdir, dataset)

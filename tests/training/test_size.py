@@ -36,9 +36,7 @@ def test_a_model_with_experts_counts_those_that_a_token_visits(k):
 
 def test_experts_in_every_second_layer_and_shared_ones():
     """One dense layer, one with 4 experts of width 8, of which 2 are visited, and one shared."""
-    config = tiny.tiny(
-        moe={"every": 2, "ffn": 8, "shared": 1}, router={"name": "topk", "k": 2}
-    )
+    config = tiny.tiny(moe={"every": 2, "ffn": 8, "shared": 1}, router={"name": "topk", "k": 2})
     size = model_size(config, 256)
     small = 3 * 16 * 8
     rest = EMBED + UNEMBED + NORMS + 2 * ATTENTION + EXPERT + 16 * 4 + small
@@ -55,10 +53,8 @@ def test_expert_choice_visits_k_experts_on_average():
 
 
 def test_mfu_is_of_active_parameters():
-    """10 steps a second of 256 tokens against a peak of 1 TFLOP/s; the idle experts do not count."""
-    few, many = (
-        model_size(tiny.tiny(moe={"experts": experts}), 256) for experts in (4, 64)
-    )
+    """10 steps a second of 256 tokens, a peak of 1 TFLOP/s; idle experts do not count."""
+    few, many = (model_size(tiny.tiny(moe={"experts": experts}), 256) for experts in (4, 64))
     router = 2 * 16 * (64 - 4)
     assert many.total > 5 * few.total
     assert many.flops == few.flops + 6 * router
