@@ -117,7 +117,7 @@ def experts_rows(repeats: int) -> list[Row]:
     def dropless(skew: float) -> Callable[[], Any]:
         plan = plan_of(BIG, skew)
         return both_ways(
-            lambda p, x, plan: DISPATCH["dropless"](p, x, plan, "swiglu"), p, x_TD, plan
+            lambda p, x, plan: DISPATCH["dropless"](p, x, plan, "swiglu")[0], p, x_TD, plan
         )
 
     options = MoeOptions(make_router("topk", {"k": BIG.k}))
@@ -169,7 +169,7 @@ def gather_row(repeats: int) -> Row:
     x_TD = jax.random.normal(jax.random.key(2), (SIXTEEN.tokens, SIXTEEN.dim))
 
     def layer(name: str) -> Callable[[], Any]:
-        return both_ways(lambda p, x, plan: DISPATCH[name](p, x, plan, "swiglu"), p, x_TD, plan)
+        return both_ways(lambda p, x, plan: DISPATCH[name](p, x, plan, "swiglu")[0], p, x_TD, plan)
 
     ratio = rate(
         in_turns({"gather": layer("gather"), "einsum": layer("einsum")}, repeats),

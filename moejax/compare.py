@@ -35,14 +35,16 @@ def main(arguments: list[str]) -> int:
     path, _, scale = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     suite = load_suite(path, scale)
     if SEEDS.value:
-        suite = dataclasses.replace(suite, seeds=tuple(int(seed) for seed in SEEDS.value))
+        suite = dataclasses.replace(suite, seeds=parse_seeds(SEEDS.value))
     out = Path(OUT.value or f"runs/{suite.name}/{suite.scale}")
     configs = plan(suite, CONFIG.value, VARIANTS.value)
+    from moejax.sharding import check_batch, make_mesh
     from moejax.training.checkpoint import check_claim, claim
     from moejax.training.loop import Stopped
     from moejax.training.meter import NonFiniteLoss
 
     for name, config in configs.items():  # all of them, before the first is written
+        check_batch(config.data.batch // config.train.accumulation, make_mesh(config.mesh))
         check_claim(out / name, config)
     for name, config in configs.items():
         claim(out / name, config)
@@ -60,6 +62,18 @@ def main(arguments: list[str]) -> int:
     print(write_report(load(out), suite, out))
     print(f"report: {out / 'report.html'}")
     return 0
+
+
+def parse_seeds(words: list[str]) -> tuple[int, ...]:
+    """The seeds of --seeds=0,1,2.
+
+    Raises:
+      ValueError: a word that is not a whole number from 0.
+    """
+    for word in words:
+        if not word.isdecimal():
+            raise ValueError(f"--seeds: {word!r} is not a seed; use whole numbers, as in 0,1,2")
+    return tuple(int(word) for word in words)
 
 
 def load_suite(path: str, scale: str) -> Suite:

@@ -6,14 +6,18 @@ import jax
 import jax.numpy as jnp
 
 from moejax.dispatch import DISPATCH, Experts, make_plan, route
-from moejax.routing import MoeStats, Router, RouterInput, moe_stats
+from moejax.routing import MoeStats, Recorded, Router, RouterInput, moe_stats
 
 
 class MoeParams(NamedTuple):
-    """Weights of one MoE layer: the router's w_DE (float32) and the experts'."""
+    """Weights of one MoE layer: the router's (float32) and the experts'.
+
+    `w_extra_DX` is for routers that look at more than one logit an expert; None for most.
+    """
 
     w_router_DE: jax.Array
     experts: Experts
+    w_extra_DX: jax.Array | None = None
 
 
 class MoeOptions(NamedTuple):
@@ -36,6 +40,7 @@ def moe(
     token_BS: jax.Array | None = None,
     key: jax.Array | None = None,
     state: Any = None,
+    recorded: Recorded | None = None,
 ) -> tuple[jax.Array, MoeStats]:
     """One MoE layer.
 
@@ -47,20 +52,24 @@ def moe(
       token_BS: int32 vocabulary ids, for routers that want them.
       key: PRNG key in training; None in evaluation: no noise, no jitter.
       state: the router's state for this layer. It is read, never written.
+      recorded: another run's routing of these tokens, for the router `replay`.
 
     Returns:
       y_BSD in x's dtype, zeros where no expert worked on a token, and the layer's statistics.
     """
-    x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-    r = router_input(p.w_router_DE, x_TD, valid_BS, token_BS, key, state, options.jitter)
-    routing = route(options.router.route, r, x_BSD.shape[0], options.groups)
+    x_TD, sequences = x_BSD.reshape(-1, x_BSD.shape[-1]), x_BSD.shape[0]
+    r = router_input(p, x_TD, valid_BS, token_BS, key, state, options.jitter)
+    r = r._replace(recorded=recorded)
+    routing = route(options.router.route, r, sequences, options.groups)
     plan = make_plan(routing, options.capacity_factor, num_groups(x_BSD.shape, options.groups))
-    y_TD = DISPATCH[options.dispatch](p.experts, x_TD, plan, options.activation)
-    return y_TD.reshape(x_BSD.shape), moe_stats(r, routing, plan)
+    y_TD, output_ED = DISPATCH[options.dispatch](p.experts, x_TD, plan, options.activation)
+    if routing.rest_TD is not None:
+        y_TD = (y_TD + routing.rest_TD).astype(x_TD.dtype)
+    return y_TD.reshape(x_BSD.shape), moe_stats(r, routing, plan, output_ED, sequences)
 
 
 def router_input(
-    w_router_DE: jax.Array,
+    p: MoeParams,
     x_TD: jax.Array,
     valid_BS: jax.Array,
     token_BS: jax.Array | None,
@@ -77,16 +86,19 @@ def router_input(
     if jitter and key is not None:
         key, noise = jax.random.split(key)
         x_TD = x_TD * jax.random.uniform(noise, x_TD.shape, minval=1 - jitter, maxval=1 + jitter)
+    r = RouterInput(_project(x_TD, p.w_router_DE), valid_BS.reshape(-1), key, state)
+    if token_BS is not None:
+        next_BS = jnp.concatenate([token_BS[:, 1:], token_BS[:, -1:]], axis=1)
+        r = r._replace(token_T=token_BS.reshape(-1), next_T=next_BS.reshape(-1))
+    if p.w_extra_DX is not None:
+        r = r._replace(extra_TX=_project(x_TD, p.w_extra_DX))
+    return r
+
+
+def _project(x_TD: jax.Array, w_DX: jax.Array) -> jax.Array:
     # Full float32 products: TPUs and GPUs would otherwise multiply in bfloat16 or TF32 and flip
     # choices.
-    logits_TE = jnp.dot(x_TD, w_router_DE, precision=jax.lax.Precision.HIGHEST)
-    return RouterInput(
-        logits_TE,
-        valid_BS.reshape(-1),
-        key,
-        state,
-        None if token_BS is None else token_BS.reshape(-1),
-    )
+    return jnp.dot(x_TD, w_DX, precision=jax.lax.Precision.HIGHEST)
 
 
 def num_groups(shape: tuple[int, ...], groups: str) -> int:

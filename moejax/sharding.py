@@ -28,6 +28,7 @@ SHARDINGS: dict[str, P] = {
     "w_gate_DF": P("fsdp", "tensor"),
     "w_out_FD": P("tensor", "fsdp"),
     "w_router_DE": P(),
+    "w_extra_DX": P(),
     "w_in_EDF": P("expert", "fsdp", "tensor"),
     "w_gate_EDF": P("expert", "fsdp", "tensor"),
     "w_out_EFD": P("expert", "tensor", "fsdp"),

@@ -186,7 +186,8 @@ def test_bad_input_of_compare(moejax, experiment, tmp_path):
     assert_refused(moejax("compare", single, out), "has no get_suite")
     answer = moejax("compare", experiment, out, "--variants=dense,swich")
     assert_refused(answer, "unknown variant 'swich'", "known: dense, switch")
-    assert_refused(moejax("compare", experiment, out, "--seeds=0,one"), "one")
+    assert_refused(moejax("compare", experiment, out, "--seeds=0,one"), "'one' is not a seed")
+    assert_refused(moejax("compare", experiment, out, "--config.mesh.data=3"), "3")
     assert_refused(moejax("compare", experiment, out, "--config.train.accumulation=3"), "=3")
     assert list(tmp_path.iterdir()) == []
 

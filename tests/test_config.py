@@ -101,7 +101,7 @@ WRONG = [
     # Expert choice: each group's capacity k x tokens / experts, for the microbatch that routes.
     (
         {"router": EC, "moe__experts": 64, "moe__groups": "position"},
-        "groups='position': capacity k x tokens / experts = 2 x 16 / 64 < 1",
+        "groups='position': expert_choice: capacity k x tokens / experts = 2 x 16 / 64 < 1",
     ),
     (
         {"router": EC, "moe__experts": 64, "moe__eval_groups": "position"},
@@ -206,6 +206,7 @@ def test_override_sets_dotted_keys_on_a_copy() -> None:
         "bias_rate": 0.1,
     }
     assert (changed.moe.every, config.moe.every, config.router.name) == (2, 1, "topk")
+    assert changed.moe.get_type("capacity_factor") is float  # still to be set by a flag
     for key, message in (
         ("moe.evry", "unknown key of moe 'evry'; did you mean 'every'"),
         ("mo.every", "unknown config key 'mo'; did you mean"),

@@ -61,7 +61,9 @@ def test_every_config_is_checked_and_traced(path, scale):
 
 def whole_step(config):
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    state = init_state(jnp.zeros((), jnp.int32), config, tiny.VOCABULARY, optimizer)
+    state = init_state(
+        jnp.zeros((), jnp.int32), config=config, vocab_size=tiny.VOCABULARY, optimizer=optimizer
+    )
     shape = (config.data.batch, config.data.sequence)
     ints = jnp.zeros(shape, jnp.int32)
     batch = Batch(ints, ints, ints, ints, jnp.ones(shape, bool), jnp.zeros(shape[0], jnp.int32))

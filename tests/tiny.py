@@ -90,7 +90,9 @@ def dataset() -> TextDataset:
 def abstract_state(config: Config) -> TrainState:
     """The state of a config as shapes on the first device; compiles nothing."""
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    shapes = jax.eval_shape(lambda: init_state(0, config, VOCABULARY, optimizer))
+    shapes = jax.eval_shape(
+        lambda: init_state(0, config=config, vocab_size=VOCABULARY, optimizer=optimizer)
+    )
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), shapes)
 

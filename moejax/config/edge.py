@@ -1,5 +1,6 @@
 """The edge: the same keys as an editable, type-checked ml_collections ConfigDict."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,14 +38,15 @@ def override(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
     A new router.name brings that router's own options, at their defaults.
 
     Raises:
-      ValueError: unknown key, with the nearest known one; or a value of another type.
+      ValueError: unknown key, with the nearest known one.
     """
-    config = ConfigDict(config.copy_and_resolve_references())
+    config = copy.deepcopy(config)
     if "router.name" in overrides:
         config.router = router_config(overrides["router.name"])
     for key, value in overrides.items():
         section, _, name = key.rpartition(".")
         one_of("config key", section, tuple(config))
         one_of(f"key of {section}", name, tuple(config[section]))
-        config[section] = ConfigDict({**config[section].to_dict(), name: value})
+        with config.ignore_type():  # `Config.from_dict` judges types, by the field's own
+            config[section][name] = value
     return config

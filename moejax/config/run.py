@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from moejax.causality import Dependence, dependence
 from moejax.config.sections import (
     MeshConfig,
     ModelConfig,
@@ -22,8 +23,20 @@ from moejax.config.sections import (
     require,
 )
 from moejax.data.config import DataConfig
+from moejax.dispatch import make_plan
+from moejax.moe import MoeOptions
 from moejax.names import did_you_mean
-from moejax.routing import BALANCE_LOSSES, RouterInput, hyperparameters
+from moejax.routing import (
+    BALANCE_LOSSES,
+    LayerSize,
+    MoeStats,
+    Recorded,
+    RouterInput,
+    Routing,
+    hyperparameters,
+    moe_stats,
+)
+from moejax.routing.balance import balance_losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,18 +87,11 @@ class Config:
             f"the {rest} layers after moe.first_dense={moe.first_dense} are not divisible by "
             f"moe.every={moe.every}",
         )
-        rows = self.data.batch // self.train.accumulation
-        if self.router.name == "expert_choice" and k is not None:
-            for groups in {moe.groups, moe.evaluation().groups}:
-                tokens = {"batch": rows * self.data.sequence, "sequence": self.data.sequence}
-                size = tokens.get(groups, rows)
-                require(
-                    k * size >= moe.experts,
-                    f"expert_choice with groups={groups!r}: capacity k x tokens / experts = {k} x "
-                    f"{size} / {moe.experts} < 1; raise data.batch or router.k, or lower "
-                    "moe.experts",
-                )
-        _ = self.choices  # traces the router once, so that what it refuses is refused here
+        for groups in {moe.groups, moe.evaluation().groups}:
+            try:  # what the router or a balance loss refuses, is refused here
+                self._trace(groups)
+            except ValueError as error:
+                raise ValueError(f"moe.groups={groups!r}: {error}") from None
 
     @property
     def moe_layers(self) -> int:
@@ -93,43 +99,59 @@ class Config:
             return 0
         return (self.model.layers - self.moe.first_dense) // self.moe.every
 
-    @functools.cached_property
-    def choices(self) -> float:
-        """Experts per token: assignments over tokens, N / T, of what the router returns; 0 if
-        dense."""
-        experts = self.moe.experts
-        if not experts:
-            return 0.0
-        tokens, router = max(self.data.sequence, experts), self.router.make()
+    def _trace(self, groups: str) -> tuple[Routing, MoeStats]:
+        """Shapes of what one group of tokens gives, before anything is compiled."""
+        experts, rows = self.moe.experts, self.data.batch // self.train.accumulation
+        sizes = {"batch": rows * self.data.sequence, "sequence": self.data.sequence}
+        tokens, router = sizes.get(groups, rows), self.router.make()
 
-        def assignments() -> jax.Array:
+        def layer() -> tuple[Routing, MoeStats]:
+            ids_T = jnp.zeros(tokens, jnp.int32)
             r = RouterInput(
                 logits_TE=jnp.zeros((tokens, experts)),
                 valid_T=jnp.ones(tokens, bool),
-                state=router.init(experts),
-                token_T=jnp.zeros(tokens, jnp.int32),
+                key=jax.random.key(0),
+                state=router.init(LayerSize(experts, self.model.dim, 256, jnp.ones(256))),
+                token_T=ids_T,
+                next_T=ids_T,
+                extra_TX=jnp.zeros((tokens, router.columns(experts))),
+                recorded=Recorded(ids_T[:, None], jnp.zeros((tokens, 1))),
             )
-            return router.route(r).token_N
+            routing = router.route(r)
+            stats = moe_stats(r, routing, make_plan(routing, None))
+            balance_losses(jax.tree.map(lambda a: a[None], stats), dict(self.balance))
+            return routing, stats
 
-        return jax.eval_shape(assignments).shape[0] / tokens
+        return jax.eval_shape(layer)
+
+    @functools.cached_property
+    def choices(self) -> float:
+        """Experts per token: the router's k, or where it has none, assignments over tokens, N / T,
+        of what it returns; 0 if dense."""
+        if not self.moe.experts:
+            return 0.0
+        if self.router.k is not None:
+            return float(self.router.k)
+        routing, _ = self._trace(self.moe.groups)
+        return routing.token_N.shape[0] / routing.scores_TE.shape[0]
+
+    @functools.cached_property
+    def dependence(self) -> Dependence | None:
+        """On which other tokens an MoE layer's output depends in training; None if dense."""
+        if not self.moe.experts:
+            return None
+        options = MoeOptions(
+            self.router.make(),
+            capacity_factor=self.moe.capacity_factor,
+            groups=self.moe.groups,
+        )
+        return dependence(options, self.moe.experts)
 
     @property
     def leaks(self) -> bool:
-        """Whether training lets a token's output depend on later tokens of its sequence.
-
-        Expert choice does unless only one position competes; so does a binding capacity with K > 1
-        when all first choices go before any second one.
-        """
-        if not self.moe.experts or self.moe.groups == "position":
-            return False
-        spec = self.router.make().spec
-        if spec is not None and spec.chooses == "expert":
-            return True
-        options = {**hyperparameters(self.router.name), **dict(self.router.options)}
-        order = options.get("order", "k_major")
-        factor = self.moe.capacity_factor
-        binding = factor is not None and factor * self.choices < self.moe.experts
-        return binding and self.choices > 1 and order == "k_major"
+        """Whether training lets a token's output depend on later tokens of its sequence, as
+        `moejax.causality` finds by trying."""
+        return self.dependence is not None and not self.dependence.causal
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any] | ConfigDict) -> "Config":

@@ -1,6 +1,7 @@
 """The sections of a config: frozen dataclasses that refuse bad values with numbers and the fix."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -146,7 +147,8 @@ class RouterConfig:
         self.make()
 
     def make(self) -> Router:
-        return make_router(self.name, dict(self.options))
+        """The same `Router` object for equal configs, so that what is cached by it is found."""
+        return _make(self)
 
     @property
     def label(self) -> str:
@@ -157,6 +159,11 @@ class RouterConfig:
         """Experts per token as configured, or the router's default; None where it has no such
         option."""
         return {**hyperparameters(self.name), **dict(self.options)}.get("k")
+
+
+@functools.cache
+def _make(config: RouterConfig) -> Router:
+    return make_router(config.name, dict(config.options))
 
 
 @dataclasses.dataclass(frozen=True)

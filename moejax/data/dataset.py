@@ -112,6 +112,15 @@ class TextDataset:
                 f"of {self.config.batch}; lower batch or sequence, or raise max_documents"
             )
 
+    @functools.cached_property
+    def count_V(self) -> np.ndarray:
+        """float32: how often each id stands in the training text, by its first 2**22 tokens a
+        domain."""
+        count_V = np.zeros(self.vocab_size, np.float32)
+        for tokens in self.windows[TRAIN].streams:
+            count_V += np.bincount(tokens[: 2**22], minlength=self.vocab_size)
+        return count_V
+
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of a text, int32. Raises ValueError where it holds the separator."""
         if SEPARATOR_TEXT in text:

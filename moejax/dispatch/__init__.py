@@ -11,7 +11,7 @@ from moejax.dispatch.gather import gather
 from moejax.dispatch.grouped import grouped_ffn
 from moejax.dispatch.plan import GROUPS, Plan, capacity, make_plan, route
 
-DISPATCH: dict[str, Callable[[Experts, jax.Array, Plan, str], jax.Array]] = {
+DISPATCH: dict[str, Callable[[Experts, jax.Array, Plan, str], tuple[jax.Array, jax.Array]]] = {
     "einsum": einsum,
     "gather": gather,
     "dropless": dropless,

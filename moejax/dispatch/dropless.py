@@ -11,10 +11,15 @@ from moejax.dispatch.experts import Experts, experts_grouped
 from moejax.dispatch.plan import Plan
 
 
-def dropless(p: Experts, x_TD: jax.Array, plan: Plan, activation: str) -> jax.Array:
+def dropless(
+    p: Experts, x_TD: jax.Array, plan: Plan, activation: str
+) -> tuple[jax.Array, jax.Array]:
     """Same contract and result as `einsum`, in O(N D)."""
     token_N = plan.token_N[plan.order_N]
     weight_N = plan.weight_N[plan.order_N]
     y_ND = experts_grouped(p, x_TD[token_N], plan.load_E, activation)
     y_ND = y_ND.astype(jnp.float32) * weight_N[:, None]
-    return jnp.zeros(x_TD.shape, jnp.float32).at[token_N].add(y_ND).astype(x_TD.dtype)
+    y_TD = jnp.zeros(x_TD.shape, jnp.float32).at[token_N].add(y_ND)
+    output_ED = jnp.zeros((plan.load_E.shape[0], x_TD.shape[1]), jnp.float32)
+    output_ED = output_ED.at[plan.expert_N[plan.order_N]].add(y_ND, mode="drop")
+    return y_TD.astype(x_TD.dtype), output_ED

@@ -8,7 +8,7 @@ from moejax.dispatch.experts import Experts, experts_batched
 from moejax.dispatch.plan import Plan
 
 
-def einsum(p: Experts, x_TD: jax.Array, plan: Plan, activation: str) -> jax.Array:
+def einsum(p: Experts, x_TD: jax.Array, plan: Plan, activation: str) -> tuple[jax.Array, jax.Array]:
     """Tokens to expert buffers and back by matmuls with a one-hot [T, E, C] tensor.
 
     Args:
@@ -18,7 +18,8 @@ def einsum(p: Experts, x_TD: jax.Array, plan: Plan, activation: str) -> jax.Arra
       activation: a key of ACTIVATIONS.
 
     Returns:
-      y_TD in x's dtype; zeros for a token that no expert worked on.
+      y_TD in x's dtype; zeros for a token that no expert worked on. And output_ED, float32, each
+        expert's weighted outputs added up, which costs nothing where nobody reads it.
     """
     shape = (x_TD.shape[0], p.w_in_EDF.shape[0], plan.slots)
     where = (plan.token_N, plan.expert_N, plan.slot_N)
@@ -27,4 +28,5 @@ def einsum(p: Experts, x_TD: jax.Array, plan: Plan, activation: str) -> jax.Arra
     x_ECD = jnp.einsum("tec,td->ecd", dispatch_TEC, x_TD)
     y_ECD = experts_batched(p, x_ECD, activation)
     y_TD = jnp.einsum("tec,ecd->td", combine_TEC, y_ECD, preferred_element_type=jnp.float32)
-    return y_TD.astype(x_TD.dtype)
+    output_ED = jnp.einsum("ec,ecd->ed", combine_TEC.sum(0), y_ECD.astype(jnp.float32))
+    return y_TD.astype(x_TD.dtype), output_ED

@@ -7,7 +7,7 @@ from moejax.dispatch.experts import Experts, experts_batched
 from moejax.dispatch.plan import Plan
 
 
-def gather(p: Experts, x_TD: jax.Array, plan: Plan, activation: str) -> jax.Array:
+def gather(p: Experts, x_TD: jax.Array, plan: Plan, activation: str) -> tuple[jax.Array, jax.Array]:
     """Same contract and result as `einsum`, in O(E C D) instead of O(T E C D)."""
     num_tokens = x_TD.shape[0]
     num_experts = p.w_in_EDF.shape[0]
@@ -21,4 +21,4 @@ def gather(p: Experts, x_TD: jax.Array, plan: Plan, activation: str) -> jax.Arra
     y_ECD = experts_batched(p, x_ECD, activation)
     y_ECD = y_ECD.astype(jnp.float32) * weight_EC[..., None]
     y_TD = jnp.zeros(x_TD.shape, jnp.float32).at[token_EC].add(y_ECD, mode="drop")
-    return y_TD.astype(x_TD.dtype)
+    return y_TD.astype(x_TD.dtype), y_ECD.sum(1)

@@ -59,24 +59,25 @@ def merge_groups(a_G: jax.Array, groups: str) -> jax.Array:
 def route(router: RouterFn, r: RouterInput, sequences: int, groups: str) -> Routing:
     """The router applied to each group; its assignments, listed group by group, in global token
     ids."""
-    num_tokens = r.logits_TE.shape[0]
-    token_G = split_groups(jnp.arange(num_tokens, dtype=jnp.int32), sequences, groups)
-    in_groups = r._replace(
-        logits_TE=split_groups(r.logits_TE, sequences, groups),
-        valid_T=split_groups(r.valid_T, sequences, groups),
-        token_T=None if r.token_T is None else split_groups(r.token_T, sequences, groups),
-        key=None if r.key is None else jax.random.split(r.key, token_G.shape[0]),
+    token_T = jnp.arange(r.logits_TE.shape[0], dtype=jnp.int32)
+    token_G = split_groups(token_T, sequences, groups)
+    # Every field has the token axis but the state, which all groups share, and the key.
+    of_tokens = r._replace(key=None, state=None)
+    in_groups = jax.tree.map(lambda a: split_groups(a, sequences, groups), of_tokens)._replace(
+        key=None if r.key is None else jax.random.split(r.key, token_G.shape[0]), state=r.state
     )
-    per_group = 0  # every field has the group axis but the state, which all groups share
-    axes = jax.tree.map(lambda _: per_group, in_groups._replace(state=None))
+    axes = jax.tree.map(lambda _: 0, in_groups._replace(state=None))
     routing = jax.vmap(router, in_axes=(axes,))(in_groups)
     token_GN = jnp.take_along_axis(token_G, routing.token_N, axis=1)
+    rest_GTD = routing.rest_TD
     return Routing(
         token_GN.reshape(-1),
         routing.expert_N.reshape(-1),
         routing.weight_N.reshape(-1),
         routing.choice_N.reshape(-1),
         merge_groups(routing.scores_TE, groups),
+        {name: sums_G.sum(0) for name, sums_G in routing.sums.items()},
+        None if rest_GTD is None else merge_groups(rest_GTD, groups),
     )
 
 

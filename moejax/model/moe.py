@@ -10,7 +10,7 @@ from moejax.config import ModelConfig, MoeConfig, RouterConfig
 from moejax.dispatch import ACTIVATIONS, Experts
 from moejax.model.layers import FeedForward, initial
 from moejax.moe import MoeOptions, MoeParams, moe
-from moejax.routing import MoeStats
+from moejax.routing import LayerSize, MoeStats, Recorded
 
 
 class MoE(nnx.Module):
@@ -23,7 +23,7 @@ class MoE(nnx.Module):
 
     The forward pass writes nothing: the router's state goes in as `state`, the loads come out in
     `stats`; add `balance_losses(stats, ...)` to the loss, and call `layer.router.update(state,
-    stats.load_E)` once per optimizer step where the router has a state (`layer.init_state()`).
+    stats)` once per optimizer step where the router has a state (`layer.init_state()`).
 
     Args:
       model: dim, ffn, activation, init_scale and dtype are used.
@@ -37,7 +37,7 @@ class MoE(nnx.Module):
     ) -> None:
         router = router if isinstance(router, RouterConfig) else RouterConfig(router)
         self.router = router.make()
-        self.num_experts = config.experts
+        self.size = LayerSize(config.experts, model.dim)
         self.dtype = jnp.dtype(model.dtype)
         self.options = MoeOptions(
             router=self.router,
@@ -48,16 +48,29 @@ class MoE(nnx.Module):
             jitter=config.jitter,
         )
         e, d, f, scale = config.experts, model.dim, config.ffn or model.ffn, model.init_scale
-        self.w_router_DE = initial(rngs, (d, e), (0,), scale * config.router_scale)
+        self.w_router_DE = self._projection(rngs, (d, e), scale * config.router_scale)
+        columns = self.router.columns(e)
+        self.w_extra_DX = (
+            self._projection(rngs, (d, columns), scale * config.router_scale) if columns else None
+        )
         self.w_in_EDF = initial(rngs, (e, d, f), (1,), scale)
         self.w_out_EFD = initial(rngs, (e, f, d), (1,), scale)
         gated = ACTIVATIONS[model.activation][1]
         self.w_gate_EDF = initial(rngs, (e, d, f), (1,), scale) if gated else None
         self.shared = FeedForward(model, config.shared * f, rngs) if config.shared else None
 
-    def init_state(self) -> Any:
-        """The router's state before the first step; None for most routers."""
-        return self.router.init(self.num_experts)
+    def _projection(self, rngs: nnx.Rngs, shape: tuple[int, int], scale: float) -> nnx.Param:
+        """A router's weights: as its paper wants them, else as all others."""
+        if self.router.spec is None or self.router.spec.weights is None:
+            return initial(rngs, shape, (0,), scale)
+        return nnx.Param(self.router.spec.weights(rngs.params(), shape))
+
+    def init_state(self, vocab_size: int = 0, count_V: jax.Array | None = None) -> Any:
+        """The router's state before the first step; None for most routers.
+
+        Hashing needs to know how many ids there are, and how often each stands in the text.
+        """
+        return self.router.init(self.size._replace(vocab_size=vocab_size, count_V=count_V))
 
     def __call__(
         self,
@@ -67,6 +80,7 @@ class MoE(nnx.Module):
         token_BS: jax.Array | None = None,
         key: jax.Array | None = None,
         state: Any = None,
+        recorded: Recorded | None = None,
     ) -> tuple[jax.Array, MoeStats]:
         """y_BSD in x's dtype and this layer's `MoeStats`; the arguments are those of
         `moejax.moe.moe`."""
@@ -76,13 +90,18 @@ class MoE(nnx.Module):
             experts = experts._replace(w_gate_EDF=self.w_gate_EDF[...])
         experts = jax.tree.map(lambda w: w.astype(self.dtype), experts)
         y_BSD, stats = moe(
-            MoeParams(self.w_router_DE[...], experts),
+            MoeParams(
+                self.w_router_DE[...],
+                experts,
+                None if self.w_extra_DX is None else self.w_extra_DX[...],
+            ),
             x_BSD.astype(self.dtype),
             options=self.options,
             valid_BS=valid_BS,
             token_BS=token_BS,
             key=key,
             state=state,
+            recorded=recorded,
         )
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(x_BSD.astype(self.dtype))

@@ -2,13 +2,16 @@
 
 from moejax.routing.balance import BALANCE_LOSSES, load_balance, router_z
 from moejax.routing.metrics import MoeStats, max_vio, moe_stats, normalised_entropy
-from moejax.routing.registry import ROUTERS, Router, RouterSpec, hyperparameters, make_router
-from moejax.routing.types import RouterFn, RouterInput, Routing, combine_TE, token_choice
+from moejax.routing.registry import ROUTERS, Router, hyperparameters, make_router
+from moejax.routing.spec import LayerSize, RouterSpec
+from moejax.routing.types import Recorded, RouterFn, RouterInput, Routing, combine_TE, token_choice
 
 __all__ = [
     "BALANCE_LOSSES",
     "ROUTERS",
+    "LayerSize",
     "MoeStats",
+    "Recorded",
     "Router",
     "RouterFn",
     "RouterInput",

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from moejax.routing.spec import RouterSpec
 from moejax.routing.types import RouterInput, Routing
 
 
@@ -40,3 +41,15 @@ def expert_choice(r: RouterInput, *, k: int = 2) -> Routing:
     token_N = token_EC.reshape(-1).astype(jnp.int32)
     weight_N = probs_TE.at[token_N, expert_N].get(mode="fill", fill_value=0.0)
     return Routing(token_N, expert_N, weight_N, jnp.zeros_like(token_N), probs_TE)
+
+
+ROUTERS = {
+    "expert_choice": RouterSpec(
+        expert_choice,
+        "expert",
+        "softmax, raw",
+        "exact by design",
+        "Zhou et al. 2022, 2202.09368",
+        "V-MoE and flaxformer test values",
+    ),
+}

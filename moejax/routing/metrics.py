@@ -30,6 +30,12 @@ class MoeStats(NamedTuple):
         differentiable.
       z: float32, sum of logsumexp(logits)^2; differentiable.
       entropy: float32, sum over tokens of the entropy of those probabilities, in nats.
+      sequences: int32, sequences with at least one valid token.
+      sequence_balance: float32, sum over those of E sum_e f_e P_e, f from the token's K highest
+        scores, K = assignments over tokens; differentiable.
+      weight_E: float32, sum of the weights of what each expert did.
+      output_ED: float32, sum of its outputs, weighted.
+      own: the router's own sums (`Routing.sums`), some of them differentiable.
     """
 
     tokens: jax.Array
@@ -41,17 +47,32 @@ class MoeStats(NamedTuple):
     prob_E: jax.Array
     z: jax.Array
     entropy: jax.Array
+    sequences: jax.Array
+    sequence_balance: jax.Array
+    weight_E: jax.Array
+    output_ED: jax.Array
+    own: dict[str, jax.Array]
 
 
-def moe_stats(r: RouterInput, routing: Routing, plan: "Plan") -> MoeStats:
-    """Statistics of one layer from what its router saw, said, and what fitted."""
+def moe_stats(
+    r: RouterInput,
+    routing: Routing,
+    plan: "Plan",
+    output_ED: jax.Array | None = None,
+    sequences: int = 1,
+) -> MoeStats:
+    """Statistics of one layer from what its router saw and said, what fitted, and what came out.
+
+    `output_ED` None = not known; `sequences` is how many the tokens are, of equal length.
+    """
     num_tokens, num_experts = routing.scores_TE.shape
     choices = max(1, routing.token_N.shape[0] // num_tokens)
-    assigned_N = (routing.expert_N < num_experts).astype(jnp.int32)
-    kept_N = (plan.expert_N < num_experts).astype(jnp.int32)
+    chosen_N = routing.choice_N >= 0
+    assigned_N = ((routing.expert_N < num_experts) & chosen_N).astype(jnp.int32)
+    kept_N = ((plan.expert_N < num_experts) & chosen_N).astype(jnp.int32)
 
     def count(index_N: jax.Array, what_N: jax.Array, length: int) -> jax.Array:
-        return jnp.zeros(length, jnp.int32).at[index_N].add(what_N, mode="drop")
+        return jnp.zeros(length, what_N.dtype).at[index_N].add(what_N, mode="drop")
 
     scores_TE = jnp.where(r.valid_T[:, None], routing.scores_TE, 0.0)
     total_T = scores_TE.sum(-1, keepdims=True)
@@ -60,17 +81,42 @@ def moe_stats(r: RouterInput, routing: Routing, plan: "Plan") -> MoeStats:
     entropy_TE = -fixed_TE * jnp.log(jnp.where(fixed_TE > 0, fixed_TE, 1.0))
     z_T = jnp.square(jax.nn.logsumexp(r.logits_TE, axis=-1))
     kept_T = count(routing.token_N, kept_N, num_tokens)
+    valid_BS, prob_BSE = (a.reshape(sequences, -1, *a.shape[1:]) for a in (r.valid_T, prob_TE))
+    balance_B, real_B = sequence_balance(prob_BSE, valid_BS, min(choices, num_experts))
     return MoeStats(
         tokens=r.valid_T.sum(dtype=jnp.int32),
         load_E=count(routing.expert_N, assigned_N, num_experts),
         first_E=count(routing.expert_N, assigned_N * (routing.choice_N == 0), num_experts),
-        kept_E=plan.load_E,
+        kept_E=count(plan.expert_N, kept_N, num_experts),
         dropped_K=count(routing.choice_N, assigned_N - kept_N, choices),
         left_behind=jnp.sum(r.valid_T & (kept_T == 0), dtype=jnp.int32),
         prob_E=prob_TE.sum(0),
         z=jnp.where(r.valid_T, z_T, 0.0).sum(),
         entropy=entropy_TE.sum(),
+        sequences=real_B.sum(dtype=jnp.int32),
+        sequence_balance=balance_B.sum(),
+        weight_E=count(plan.expert_N, jax.lax.stop_gradient(plan.weight_N), num_experts),
+        output_ED=jnp.zeros((num_experts, 0))
+        if output_ED is None
+        else jax.lax.stop_gradient(output_ED),
+        own=routing.sums,
     )
+
+
+def sequence_balance(
+    prob_BSE: jax.Array, valid_BS: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array]:
+    """E sum_e f_e P_e of each sequence [B], and which sequences have a valid token, bool [B].
+
+    f counts the k most probable experts of each token, without bias, groups or drops (DeepSeek-V3,
+    2412.19437, eq. 17-20); 0 for a sequence of padding.
+    """
+    _, best_BSK = jax.lax.top_k(jax.lax.stop_gradient(prob_BSE), k)
+    chosen_BSE = jax.nn.one_hot(best_BSK, prob_BSE.shape[-1]).sum(2) * valid_BS[..., None]
+    tokens_B = jnp.maximum(valid_BS.sum(-1), 1)
+    share_BE = chosen_BSE.sum(1) / (k * tokens_B[:, None])
+    mean_BE = prob_BSE.sum(1) / tokens_B[:, None]
+    return prob_BSE.shape[-1] * (share_BE * mean_BE).sum(-1), valid_BS.any(-1)
 
 
 def max_vio(load_E: jax.Array) -> jax.Array:

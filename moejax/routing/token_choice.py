@@ -4,6 +4,8 @@ it."""
 import jax
 import jax.numpy as jnp
 
+from moejax.routing.metrics import MoeStats
+from moejax.routing.spec import LayerSize, RouterSpec
 from moejax.routing.types import RouterInput, Routing, token_choice
 
 
@@ -99,7 +101,55 @@ def sign_update(bias_E: jax.Array, load_E: jax.Array, *, bias_rate: float = 1e-3
 
     Wang et al. 2024, algorithm 1: b += u sign(mean - n), n = assignments before dropping in the
     whole global batch. |b| is at most bias_rate x steps: short runs need a larger rate than the
-    paper's 1e-3.
+    paper's 1e-3. The last axis is that of experts.
     """
     load_E = load_E.astype(jnp.float32)
-    return bias_E + bias_rate * jnp.sign(load_E.mean() - load_E)
+    return bias_E + bias_rate * jnp.sign(load_E.mean(-1, keepdims=True) - load_E)
+
+
+def zero_bias(size: LayerSize) -> jax.Array:
+    """The bias at step 0."""
+    return jnp.zeros(size.experts, jnp.float32)
+
+
+def update_bias(bias_LE: jax.Array, stats: MoeStats, *, bias_rate: float = 1e-3) -> jax.Array:
+    """`sign_update` from the loads of the global batch."""
+    return sign_update(bias_LE, stats.load_E, bias_rate=bias_rate)
+
+
+ROUTERS = {
+    "switch": RouterSpec(
+        switch,
+        "token",
+        "softmax, raw",
+        "load_balance loss",
+        "Fedus et al. 2021, 2101.03961",
+        "flaxformer and Hugging Face test values",
+    ),
+    "gshard_top2": RouterSpec(
+        gshard_top2,
+        "token",
+        "softmax, renormalised",
+        "load_balance_top1 loss",
+        "Lepikhin et al. 2020, 2006.16668",
+        "praxis and flaxformer test values",
+    ),
+    "topk": RouterSpec(
+        topk,
+        "token",
+        "softmax, raw or renormalised",
+        "load_balance, router_z losses",
+        "Muennighoff et al. 2024, 2409.02060; Jiang et al. 2024, 2401.04088",
+        "V-MoE, MaxText and SGLang test values",
+    ),
+    "loss_free": RouterSpec(
+        loss_free,
+        "token",
+        "sigmoid, raw or renormalised",
+        "bias from the loads (state)",
+        "Wang et al. 2024, 2408.15664",
+        "MaxText and Megatron-LM bias steps",
+        init=zero_bias,
+        update=update_bias,
+    ),
+}

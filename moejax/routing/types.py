@@ -21,6 +21,11 @@ class RouterInput(NamedTuple):
       key: a PRNG key in training, None in evaluation; None means no noise.
       state: what the router carries between steps (`loss_free`: bias_E), None for most.
       token_T: int32 vocabulary ids, for routers that hash them.
+      next_T: int32, the id that follows in the sequence (the last one's own id), for controls that
+        cheat.
+      extra_TX: float32, X further projections of the token, for routers that ask for them
+        (`RouterSpec.columns`); None for most.
+      recorded: another run's decisions for these tokens, for `replay`; None for most.
     """
 
     logits_TE: jax.Array
@@ -28,6 +33,21 @@ class RouterInput(NamedTuple):
     key: jax.Array | None = None
     state: Any = None
     token_T: jax.Array | None = None
+    next_T: jax.Array | None = None
+    extra_TX: jax.Array | None = None
+    recorded: "Recorded | None" = None
+
+
+class Recorded(NamedTuple):
+    """A routing as kept per token, R of them at most.
+
+    Attributes:
+      expert_TR: int32, best first; num_experts = none.
+      weight_TR: float32, 0 where none.
+    """
+
+    expert_TR: jax.Array
+    weight_TR: jax.Array
 
 
 class Routing(NamedTuple):
@@ -39,8 +59,12 @@ class Routing(NamedTuple):
       token_N: int32, the row: which token ...
       expert_N: int32, ... goes to which expert; num_experts means nowhere.
       weight_N: float32, how much the expert's output counts; carries the router's gradient.
-      choice_N: int32, which of its token's choices this is (0 = first), for metrics only.
+      choice_N: int32, which of its token's choices this is (0 = first), for metrics only. -1: no
+        choice, computed for the router's gradient alone (DenseMixer); it counts nowhere.
       scores_TE: float32 affinities, without noise or bias, for losses and metrics.
+      sums: name -> array, the router's own sums over valid tokens, for its losses and for its
+        state's update. They are added up over groups, microbatches and devices.
+      rest_TD: float32, what a token gets besides its experts' outputs (Default MoE); None for most.
     """
 
     token_N: jax.Array
@@ -48,6 +72,8 @@ class Routing(NamedTuple):
     weight_N: jax.Array
     choice_N: jax.Array
     scores_TE: jax.Array
+    sums: dict[str, jax.Array] = {}
+    rest_TD: jax.Array | None = None
 
 
 RouterFn = Callable[[RouterInput], Routing]

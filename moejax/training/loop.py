@@ -79,7 +79,7 @@ class _Run:
         self.checkpoints = Checkpoints(workdir, config.train.keep)
         saved: dict[str, Any] = {"bpb": None, "meter": {}}
         if self.checkpoints.latest is None:
-            self.state = program.init(config.train.seed)
+            self.state = program.init(config.train.seed, dataset.count_V)
         else:
             self.state, saved = self.checkpoints.restore(program.abstract_state)
             progress.say(f"resumed from step {int(self.state.step)}")

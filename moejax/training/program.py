@@ -26,7 +26,7 @@ class Program:
     """What a loop calls.
 
     Attributes:
-      init: seed -> the state at step 0, born sharded.
+      init: (seed, count_V) -> the state at step 0, born sharded; see `init_state`.
       train_step: (state, batch) -> (state, metrics); the old state's buffers are reused.
       eval_step: (params, router_state, batch, bytes_V) -> EvalSums, as evaluation routes.
       eval_as_trained: the same, routed in the groups of training; None where they are the same.
@@ -35,7 +35,7 @@ class Program:
       compile_seconds: that it took to compile the training step.
     """
 
-    init: Callable[[int], TrainState]
+    init: Callable[..., TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
     eval_step: Callable[..., EvalSums]
     eval_as_trained: Callable[..., EvalSums] | None

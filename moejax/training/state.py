@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.config import Config
 from moejax.model import Transformer
+from moejax.routing import LayerSize
 from moejax.sharding import param_shardings, state_shardings
 
 
@@ -41,18 +42,26 @@ def make_graph(config: Config, vocab_size: int) -> Any:
     return nnx.split(model)[0]
 
 
-def init_router_state(config: Config) -> Any:
+def init_router_state(config: Config, count_V: jax.Array) -> Any:
     """Router states of all MoE layers at step 0, stacked; None where the router has none."""
     if not config.moe.experts:
         return None
-    state = config.router.make().init(config.moe.experts)
+    size = LayerSize(config.moe.experts, config.model.dim, count_V.shape[0], count_V)
+    state = config.router.make().init(size)
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (config.moe_layers, *a.shape)), state)
 
 
 def init_state(
-    seed: jax.Array, config: Config, vocab_size: int, optimizer: optax.GradientTransformation
+    seed: jax.Array,
+    count_V: jax.Array | None = None,
+    *,
+    config: Config,
+    vocab_size: int,
+    optimizer: optax.GradientTransformation,
 ) -> TrainState:
-    """The state at step 0: a pure function of the seed (int32 scalar)."""
+    """The state at step 0: a pure function of the seed (int32 scalar) and, for routers that hash
+    tokens, of how often each id stands in the training text (float32; None = all alike)."""
+    count_V = jnp.ones(vocab_size) if count_V is None else count_V
     init_key, run_key = jax.random.split(jax.random.key(seed))
     model = Transformer(config, vocab_size, nnx.Rngs(params=init_key))
     params = nnx.to_pure_dict(nnx.state(model))
@@ -62,7 +71,7 @@ def init_state(
         key=jax.random.key_data(run_key),
         params=params,
         opt_state=optimizer.init(params),
-        router_state=init_router_state(config),
+        router_state=init_router_state(config, count_V),
     )
 
 

@@ -91,7 +91,7 @@ def train_step(
     stats = aux.pop("stats")
     router_state = state.router_state
     if router_state is not None:
-        router_state = jax.vmap(config.router.make().update)(router_state, stats.load_E)
+        router_state = config.router.make().update(router_state, stats)
     next_state = TrainState(
         step=state.step + 1,
         position=state.position + batch.tokens_BS.shape[0],

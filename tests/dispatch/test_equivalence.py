@@ -13,7 +13,7 @@ from hypothesis import given
 from moejax.dispatch import DISPATCH, Experts, make_plan, route
 from moejax.moe import MoeOptions, MoeParams, moe, num_groups, router_input
 from moejax.reference import dense_moe, plan_TE
-from moejax.routing import ROUTERS, Routing, make_router
+from moejax.routing import ROUTERS, LayerSize, Routing, make_router
 from tests.dispatch.plans import plan_with
 from tests.oracle import case, check
 
@@ -74,7 +74,7 @@ class Case:
         self.params = layer(num_experts, activation == "swiglu", dtype)
         # Not zero, so that loss_free's bias takes part.
         bias_E = np.random.default_rng(7).normal(size=num_experts, scale=0.1)
-        has_state = self.router.init(num_experts) is not None
+        has_state = self.router.init(LayerSize(num_experts)) is not None
         self.state = jnp.asarray(bias_E, jnp.float32) if has_state else None
         self.cotangent_BSD = np.random.default_rng(3).normal(size=(*shape, DIM)).astype(np.float32)
         self.compare = jax.jit(self._compare)
@@ -87,7 +87,7 @@ class Case:
     ) -> jax.Array:
         """The same layer through the dense oracle: every expert on every token."""
         x_TD = x_BSD.reshape(-1, DIM)
-        r = router_input(p.w_router_DE, x_TD, valid_BS, None, key, self.state, 0.0)
+        r = router_input(p, x_TD, valid_BS, None, key, self.state, 0.0)
         routing = route(self.router.route, r, self.shape[0], self.groups)
         plan = make_plan(routing, self.factor, num_groups(x_BSD.shape, self.groups))
         weight_TE = plan_TE(plan, x_TD.shape[0], self.num_experts)
@@ -206,7 +206,7 @@ def test_vmoe_buffers_with_experts_that_return_their_input() -> None:
     plan = plan_with(routing, found["inputs"]["C"], groups=2)
     np.testing.assert_array_equal(plan.slot_N, 2 * group_N + slot_N)
     for dispatch in DISPATCH.values():
-        y_TD = dispatch(IDENTITY, x_TD, plan, "relu")  # relu of a positive payload is the payload
+        y_TD, _ = dispatch(IDENTITY, x_TD, plan, "relu")  # relu changes no positive payload
         check(found, "combined_GTD", y_TD.reshape(2, 3, 4))
     buffer_ENd = np.zeros((2, plan.slots, 4))
     buffer_ENd[plan.expert_N, plan.slot_N] = x_TD[plan.token_N]

@@ -14,7 +14,7 @@ from moejax.config import ModelConfig, MoeConfig, RouterConfig
 from moejax.dispatch import Experts, make_plan, route
 from moejax.moe import MoeOptions, MoeParams, moe, router_input
 from moejax.reference import dense_moe, plan_TE
-from moejax.routing import ROUTERS, RouterInput, Routing, make_router, token_choice
+from moejax.routing import ROUTERS, LayerSize, RouterInput, Routing, make_router, token_choice
 from tests.model.tiny import close
 
 ROWS, LENGTH, DIM, FFN, EXPERTS = 2, 6, 8, 12, 4
@@ -38,7 +38,7 @@ JITTER = 0.5
 def run(name, factor, groups, jitter, p, x_BSD, valid_BS, key=None):
     router = make_router(name)
     options = MoeOptions(router, "gather", "relu", factor, groups, jitter)
-    state = router.init(EXPERTS)
+    state = router.init(LayerSize(EXPERTS))
     return moe(p, x_BSD, options=options, valid_BS=valid_BS, key=key, state=state)
 
 
@@ -123,7 +123,7 @@ def test_jitter_moves_the_router_and_never_the_experts() -> None:
     np.testing.assert_array_equal(quiet_BSD, still_BSD)  # no key, no jitter
     assert np.abs(stats.z - quiet.z) > 1e-3
     x_TD = X_BSD.reshape(-1, DIM)
-    r = router_input(PARAMS.w_router_DE, x_TD, ALL_BS, None, key, None, JITTER)
+    r = router_input(PARAMS, x_TD, ALL_BS, None, key, None, JITTER)
     plan = make_plan(route(make_router("topk").route, r, ROWS, "batch"), None)
     weight_TE = plan_TE(plan, ROWS * LENGTH, EXPERTS)
     close(y_BSD.reshape(-1, DIM), dense_moe(PARAMS.experts, x_TD, weight_TE, "relu"))
@@ -133,7 +133,15 @@ def test_jitter_is_a_factor_near_one_for_each_feature() -> None:
     # With w = 1 and x = 1 the logits are the factors: uniform in [.5, 1.5], sd 1 / sqrt(12).
     x_TD = jnp.ones((100, 50))
     key = jax.random.key(0)
-    noisy = router_input(jnp.eye(50), x_TD, jnp.ones((1, 100), bool), None, key, None, JITTER)
+    noisy = router_input(
+        MoeParams(jnp.eye(50), PARAMS.experts),
+        x_TD,
+        jnp.ones((1, 100), bool),
+        None,
+        key,
+        None,
+        JITTER,
+    )
     logits_TE = np.asarray(noisy.logits_TE)
     assert 0.5 <= logits_TE.min() < 0.51 and 1.49 < logits_TE.max() <= 1.5
     assert logits_TE.mean() == pytest.approx(1.0, abs=0.02)
@@ -232,7 +240,7 @@ def test_state_of_the_layer_goes_in_and_is_never_written() -> None:
     _, again = layer(X_BSD, state=state)
     jax.tree.map(np.testing.assert_array_equal, again, stats)
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(layer)), before)
-    moved = layer.router.update(state, stats.load_E)
+    moved = layer.router.update(state, stats)
     want = 0.1 * np.sign(ROWS * LENGTH / EXPERTS - np.asarray(stats.load_E))
     np.testing.assert_allclose(moved, want, rtol=1e-6)
     assert moejax.MoE(model, MoeConfig(EXPERTS), "topk", rngs=nnx.Rngs(0)).init_state() is None

@@ -10,6 +10,7 @@ import pytest
 from moejax.dispatch import make_plan, route
 from moejax.routing import (
     ROUTERS,
+    LayerSize,
     RouterInput,
     Routing,
     combine_TE,
@@ -31,7 +32,7 @@ LOSSES = {"load_balance": 1.0, "load_balance_top1": 1.0, "router_z": 1.0}
 def run(name: str, logits_TE, valid_T, bias_E=BIAS_E):
     """The routing without noise, its dense form, its statistics when dropless, and the losses."""
     router = make_router(name)
-    state = None if router.init(EXPERTS) is None else bias_E
+    state = None if router.init(LayerSize(EXPERTS)) is None else bias_E
     r = RouterInput(logits_TE, valid_T, state=state)
     routing = route(router.route, r, 1, "batch")
     stats = moe_stats(r, routing, make_plan(routing, None))

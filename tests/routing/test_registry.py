@@ -1,10 +1,20 @@
 """From a name or a function to a router with its hyper-parameters bound."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from moejax.routing import ROUTERS, RouterInput, Routing, hyperparameters, make_router, token_choice
+from moejax.routing import (
+    ROUTERS,
+    LayerSize,
+    RouterInput,
+    Routing,
+    hyperparameters,
+    make_router,
+    token_choice,
+)
 
 
 def nearest(r: RouterInput, *, k: int = 1, sharpness: float = 1.0) -> Routing:
@@ -23,15 +33,16 @@ def test_every_built_in_is_made_from_its_own_hyperparameters(name: str) -> None:
     router = make_router(name, options)
     assert router.spec is ROUTERS[name]
     assert router.spec.chooses in ("token", "expert") and router.spec.paper
-    state = router.init(3)
-    assert (state is None) == (router.spec.update is None)
+    state = router.init(LayerSize(3))
+    assert (state is None) == (router.spec.init is None)
     assert router.route(R2._replace(state=state)).scores_TE.shape == (2, 3)
 
 
 def test_state_rule_takes_its_own_options_only() -> None:
     assert hyperparameters("loss_free")["bias_rate"] == 1e-3
     router = make_router("loss_free", {"k": 1, "bias_rate": 0.5})
-    bias_E = router.update(router.init(3), jnp.asarray([6, 0, 3]))
+    loads = types.SimpleNamespace(load_E=jnp.asarray([[6, 0, 3]]))
+    (bias_E,) = router.update(router.init(LayerSize(3))[None], loads)
     assert bias_E.tolist() == [-0.5, 0.5, 0.0]
     # s + b = (.5 - .5, .73 + .5, .88): expert 1, and only it.
     assert router.route(R._replace(state=bias_E)).expert_N.tolist() == [1]
@@ -43,7 +54,7 @@ def test_a_function_is_a_router() -> None:
     routing = router.route(R)
     assert routing.expert_N.tolist() == [2, 1]
     assert routing.weight_N[0] == pytest.approx(jax.nn.softmax(3.0 * R.logits_TE)[0, 2])
-    assert router.init(3) is None and router.spec is None
+    assert router.init(LayerSize(3)) is None and router.spec is None
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """Token choice by hand: gates, gradients, GShard's coin, a bias that selects and never weighs."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moejax.dispatch import make_plan
-from moejax.routing import combine_TE, make_router
+from moejax.routing import LayerSize, combine_TE, make_router
 from moejax.routing.token_choice import gshard_top2, loss_free, sign_update, switch, topk
 from tests.dispatch.plans import plain_input
 from tests.oracle import case, check
@@ -164,9 +166,9 @@ def test_loss_free_balances_a_skewed_batch() -> None:
     def step(bias_E: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         routing = router.route(plain_input(logits_TE, state=bias_E))
         load_E = jnp.zeros(8, jnp.int32).at[routing.expert_N].add(1)
-        return router.update(bias_E, load_E), load_E
+        return router.update(bias_E, types.SimpleNamespace(load_E=load_E)), load_E
 
-    bias_E, load_XE = jax.lax.scan(step, router.init(8), length=100)
+    bias_E, load_XE = jax.lax.scan(step, router.init(LayerSize(8)), length=100)
     assert int(load_XE[0].max()) > 50  # mean 16
     assert int(load_XE[-1].max()) <= 20
     assert np.abs(bias_E).max() <= 100 * 0.02 + 1e-6

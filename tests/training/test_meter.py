@@ -128,8 +128,8 @@ def test_a_run_whose_routing_collapses_says_so_and_a_balanced_one_does_not(
     assert alarms_of(tmp_path / "balanced") == []
     assert "collapses" not in capsys.readouterr().err
 
-    def init(seed):
-        state = program.init(seed)
+    def init(seed, count_V):
+        state = program.init(seed, count_V)
         bias_LE = state.router_state.at[:, 2].set(100.0)
         return jax.device_put(state._replace(router_state=bias_LE), shardings(state, program.mesh))
 
