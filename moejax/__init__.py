@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moejax.causality import dependence
     from moejax.model import MoE, Transformer
     from moejax.routing import (
         ROUTERS,
@@ -34,6 +35,7 @@ __all__ = [
     "Routing",
     "Transformer",
     "combine_TE",
+    "dependence",
     "make_router",
     "token_choice",
 ]
@@ -44,6 +46,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     if name in __all__:
-        home = "moejax.model" if name in ("MoE", "Transformer") else "moejax.routing"
+        homes = {"MoE": "model", "Transformer": "model", "dependence": "causality"}
+        home = f"moejax.{homes.get(name, 'routing')}"
         return getattr(importlib.import_module(home), name)
     raise AttributeError(f"module 'moejax' has no attribute {name!r}")

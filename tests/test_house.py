@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from moejax.routers import markdown
+from moejax.routers import COLUMNS, markdown, rows
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -31,7 +31,9 @@ def test_types_hold() -> None:
 
 
 def test_readme_shows_the_catalogue_as_it_is() -> None:
-    assert markdown() in (ROOT / "README.md").read_text(), "paste `moejax routers --markdown`"
+    assert markdown(COLUMNS, rows()) in (ROOT / "README.md").read_text(), (
+        "paste `moejax routers --markdown`"
+    )
 
 
 def test_pictures_of_the_readme_are_there() -> None:

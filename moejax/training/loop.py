@@ -25,6 +25,12 @@ from moejax.training.optimizer import make_schedule
 from moejax.training.program import Program, build_program
 from moejax.training.records import Progress, Records, read_records
 
+_LEAK = (
+    "routing by {} with moe.groups={!r} lets a token's output depend on later tokens of its "
+    "sequence: the training loss counts on what a decoder does not have; `moejax routers "
+    "--causality` shows which routing does not"
+)
+
 
 class Stopped(Exception):
     """SIGTERM or SIGINT: the run saved its state and can be resumed by the same command."""
@@ -50,6 +56,8 @@ def train(
     make_schedule(config.optimizer, config.train.steps)
     check_batch(config.data.batch // config.train.accumulation, make_mesh(config.mesh))
     check_claim(workdir, config)
+    if config.leaks:
+        progress.say(f"warning: {_LEAK.format(config.router.label, config.moe.groups)}")
     dataset = open_dataset(config.data, progress=not quiet)
     check_same_data(workdir, dataset)
     program = build_program(config, dataset.vocab_size, len(dataset.domains))

@@ -69,3 +69,16 @@ def test_a_run_cut_between_two_records_writes_the_same_records(
     )
     assert ours == theirs
     tiny.assert_identical(*(tiny.saved_state(w, config) for w in (tmp_path / "run", finished[0])))
+
+
+@pytest.mark.parametrize(("groups", "warned"), [("batch", True), ("position", False)])
+def test_a_run_whose_routing_leaks_says_so_first(tmp_path, monkeypatch, capsys, groups, warned):
+    def stop(*_):
+        raise loop_file.Stopped("before anything compiles")
+
+    monkeypatch.setattr(loop_file, "build_program", stop)
+    config = tiny.tiny(router={"name": "expert_choice", "k": 2}, moe={"groups": groups})
+    with pytest.raises(loop_file.Stopped):
+        train(config, tmp_path / "run")
+    warning = "warning: routing by expert_choice with moe.groups='batch' lets a token's output"
+    assert (warning in capsys.readouterr().err) is warned
