@@ -107,12 +107,12 @@ def _trials(
         (x_BSD, token_BS), (other_BSD, other_BS) = tokens(5), tokens(6)
         # The tokens as they are; with the later ones changed; with the other rows changed.
         changed_XBS = jnp.stack([jnp.zeros_like(later), later, others])
-        x_XBSD = jnp.where(changed_XBS[..., None], other_BSD, x_BSD)
-        token_XBS = jnp.where(changed_XBS, other_BS, token_BS)
+        x_XBSD = jnp.where(changed_XBS[..., None], other_BSD[None], x_BSD[None])
+        token_XBS = jnp.where(changed_XBS, other_BS[None], token_BS[None])
         y_XSD, pull = jax.vjp(lambda x: jax.lax.map(output, (x, token_XBS)), x_XBSD)
         (gradient_XBSD,) = pull(jnp.zeros_like(y_XSD).at[0].set(normal(7, half, _DIM)))
         gradient_BS = jnp.abs(gradient_XBSD[0]).max(-1)
-        change_X = jnp.abs(y_XSD - y_XSD[0]).max((1, 2)) > 1e-4 * jnp.abs(y_XSD[0]).max()
+        change_X = jnp.abs(y_XSD - y_XSD[:1]).max((1, 2)) > 1e-4 * jnp.abs(y_XSD[0]).max()
         small = 1e-6 * gradient_BS.max()
         return (
             change_X[1],

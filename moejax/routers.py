@@ -13,7 +13,7 @@ CAUSALITY = flags.DEFINE_bool("causality", False, "on which other tokens an outp
 COLUMNS = ("router", "who chooses", "weight", "balance", "options", "paper", "checked against")
 _EXPERTS = 8
 # Column: (capacity factor, groups, training).
-_SETTINGS: dict[str, tuple[float | None, str, bool]] = {
+SETTINGS: dict[str, tuple[float | None, str, bool]] = {
     "nothing dropped": (None, "batch", True),
     "capacity 1 a sequence": (1.0, "sequence", True),
     "capacity 1 a batch": (1.0, "batch", True),
@@ -39,12 +39,12 @@ def rows() -> list[tuple[str, ...]]:
 
 def causality_rows() -> list[tuple[str, ...]]:
     """One row a router: what was found in each setting, by perturbation (p) or gradient (g)."""
-    return [(name, *(found(measured(name, setting)) for setting in _SETTINGS)) for name in ROUTERS]
+    return [(name, *(found(measured(name, setting)) for setting in SETTINGS)) for name in ROUTERS]
 
 
 def measured(name: str, setting: str) -> Dependence:
     """The dependence of a router at its default options in one of the settings."""
-    factor, groups, training = _SETTINGS[setting]
+    factor, groups, training = SETTINGS[setting]
     options = MoeOptions(make_router(name), capacity_factor=factor, groups=groups)
     return dependence(options, _EXPERTS, training=training)
 
@@ -69,7 +69,7 @@ def markdown(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
 def main(arguments: list[str]) -> int:
     if arguments:
         raise ValueError(f"unknown argument {arguments[0]!r}")
-    columns: tuple[str, ...] = ("router", *_SETTINGS) if CAUSALITY.value else COLUMNS
+    columns: tuple[str, ...] = ("router", *SETTINGS) if CAUSALITY.value else COLUMNS
     lines = causality_rows() if CAUSALITY.value else rows()
     if MARKDOWN.value:
         print(markdown(columns, lines))
