@@ -12,6 +12,7 @@ training would form it through the routing's weights. Two exact gradients to hol
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -165,7 +166,62 @@ def gshard_outcomes(logits_TE: jax.Array, *, second: str = "random", k: int = 2)
     return jnp.stack([stays_T, 1 - stays_T]), jnp.stack([first_TE + second_TE, first_TE])
 
 
-OUTCOMES: dict[str, Callable[..., Outcomes]] = {"gshard_top2": gshard_outcomes}
+def noisy_outcomes(logits_TE: jax.Array, *, k: int = 2) -> Outcomes:
+    """Shazeer's noise of standard deviation softplus(0): softmax over the k highest."""
+
+    def weights(h_XTE: jax.Array) -> jax.Array:
+        kth_XT1 = jax.lax.top_k(h_XTE, k)[0][..., -1:]
+        return jax.nn.softmax(jnp.where(h_XTE >= kth_XT1, h_XTE, -jnp.inf))
+
+    return _gaussian(logits_TE, math.log(2.0), weights)
+
+
+def vmoe_outcomes(logits_TE: jax.Array, *, k: int = 2) -> Outcomes:
+    """V-MoE's noise of standard deviation 1 / E: the k highest of the noisy softmax, raw."""
+
+    def weights(h_XTE: jax.Array) -> jax.Array:
+        probs_XTE = jax.nn.softmax(h_XTE)
+        return jnp.where(probs_XTE >= jax.lax.top_k(probs_XTE, k)[0][..., -1:], probs_XTE, 0.0)
+
+    return _gaussian(logits_TE, 1.0 / logits_TE.shape[-1], weights)
+
+
+def _gaussian(
+    logits_TE: jax.Array, std: float, weights: Callable[[jax.Array], jax.Array]
+) -> Outcomes:
+    """Gaussian noise by the midpoint rule: points fixed in space, whose density moves with the
+    logits."""
+    num_experts = logits_TE.shape[-1]
+    step = 2 * _REACH / _POINTS
+    line = -_REACH + step * (jnp.arange(_POINTS) + 0.5)
+    grid_XE = jnp.stack(jnp.meshgrid(*[line] * num_experts), -1).reshape(-1, num_experts)
+    h_XTE = jax.lax.stop_gradient(logits_TE)[None] + std * grid_XE[:, None]
+    density_XT = jax.scipy.stats.norm.pdf((h_XTE - logits_TE[None]) / std).prod(-1)
+    return density_XT * step**num_experts, weights(h_XTE)
+
+
+_REACH, _POINTS = 4.0, 20  # of the grid: standard deviations to each side, points an expert
+
+
+def sparsemixer_outcomes(logits_TE: jax.Array, *, k: int = 1, eps: float = 0.1) -> Outcomes:
+    """GRIN's draw of one expert, and its coin for the size of what is not the best one."""
+    best_T1 = logits_TE.max(-1, keepdims=True)
+    scale_TE = jnp.maximum(jnp.abs(logits_TE), best_T1)
+    kept_TE = (best_T1 - logits_TE) / scale_TE <= 2 * eps
+    probs_TE = jax.nn.softmax(jnp.where(kept_TE, logits_TE, -jnp.inf))
+    whole_TE = jnp.where(logits_TE == best_T1, 1.0, 0.25)
+    chance_TE = jnp.concatenate([probs_TE * whole_TE, probs_TE * (1 - whole_TE)], -1)
+    weight_TE = jnp.concatenate([probs_TE, probs_TE / 3], -1)
+    one_hot_XE = jnp.tile(jnp.eye(logits_TE.shape[-1]), (2, 1))
+    return chance_TE.T, weight_TE.T[..., None] * one_hot_XE[:, None]
+
+
+OUTCOMES: dict[str, Callable[..., Outcomes]] = {
+    "gshard_top2": gshard_outcomes,
+    "noisy_topk": noisy_outcomes,
+    "vmoe": vmoe_outcomes,
+    "sparsemixer2": sparsemixer_outcomes,
+}
 
 
 def _input(router: Router, logits_TE: jax.Array, key: jax.Array | None) -> RouterInput:
