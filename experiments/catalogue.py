@@ -78,9 +78,7 @@ def get_suite(scale: str = "smoke") -> Suite:
         "densemixer": arm("densemixer", **balance),
         "default_moe": arm("default_moe", **balance),
         "dselect_k": arm("dselect_k", balance__selector_entropy=0.01),
-        "soft": {
-            "moe.slots": base.get_config(scale).data.sequence // get_config(scale).moe.experts
-        },
+        "soft": {"moe.slots": 2 * config.data.sequence // config.moe.experts},
     }
     return Suite(
         name="catalogue",

@@ -22,7 +22,6 @@
 # %%
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
-import numpy as np
 
 from moejax import make_router
 from moejax.analysis.gradients import (
@@ -36,8 +35,8 @@ from moejax.analysis.gradients import (
 # ## One token, three experts
 #
 # Expert outputs are the numbers 0, 1 and 3, the target is 3: the third expert is right. But the
-# router prefers the first. The loss is $(y - 3)^2 / 2$; a *negative* derivative of a logit means that
-# training will raise it.
+# router prefers the first. The loss is $(y - 3)^2 / 2$; a *negative* derivative of a logit means
+# that training will raise it.
 
 # %%
 problem = Problem(
@@ -57,9 +56,7 @@ for name, router in routers.items():
         gradient_TE = dense_gradient(make_router("topk"), problem)
     else:
         gradient_TE = router_gradient(router, problem, None)
-    print(
-        f"{name:22s}", np.array2string(np.asarray(gradient_TE[0]), precision=3, floatmode="fixed")
-    )
+    print(f"{name:22s}", "  ".join(f"{float(g):+.3f}" for g in gradient_TE[0]))
 
 # %% [markdown]
 # Asked densely, the router should raise the third logit. Top-1 sees only that expert 0 gives
