@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     from moejax.training.program import build_program
 
     dataset = open_dataset(config.data)
-    program = build_program(config, dataset.vocab_size, len(dataset.domains))
+    program = build_program(config, dataset.vocab_size, len(dataset.domains), training=False)
     checkpoints = Checkpoints(workdir, read_only=True)
     state, _ = checkpoints.restore(program.abstract_state, STEP.value)
     checkpoints.close()

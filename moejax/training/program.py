@@ -55,8 +55,12 @@ def build_program(
     vocab_size: int,
     num_domains: int,
     devices: tuple[jax.Device, ...] | None = None,
+    *,
+    training: bool = True,
 ) -> Program:
     """The compiled program of a config, on the given devices (default: all).
+
+    `training` False: to evaluate only. The training step, most of the compile time, is left out.
 
     Raises:
       ValueError: the mesh does not fit the devices, the batch or a weight.
@@ -68,12 +72,16 @@ def build_program(
         data=DataConfig(sequence=data.sequence, batch=data.batch),
         train=TrainConfig(steps=train.steps, accumulation=train.accumulation),
     )
-    return _build(compiled_in, vocab_size, num_domains, devices or tuple(jax.devices()))
+    return _build(compiled_in, vocab_size, num_domains, devices or tuple(jax.devices()), training)
 
 
 @functools.lru_cache(maxsize=16)
 def _build(
-    config: Config, vocab_size: int, num_domains: int, devices: tuple[jax.Device, ...]
+    config: Config,
+    vocab_size: int,
+    num_domains: int,
+    devices: tuple[jax.Device, ...],
+    training: bool,
 ) -> Program:
     mesh = make_mesh(config.mesh, list(devices))
     check_batch(config.data.batch // config.train.accumulation, mesh)
@@ -88,11 +96,11 @@ def _build(
     graph = make_graph(config, vocab_size)
     step = functools.partial(train_step, graph=graph, config=config, optimizer=optimizer)
     start = time.perf_counter()
-    compiled = (
-        jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-        .lower(abstract, _abstract_batch(config, batch_sharding(mesh)))
-        .compile()
-    )
+    compiled: Callable[..., Any] = _left_out
+    if training:
+        batch = _abstract_batch(config, batch_sharding(mesh))
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+        compiled = jitted.lower(abstract, batch).compile()
     evaluation, as_trained = _evaluations(config)
 
     def evaluator(moe_config: Config) -> Callable[..., EvalSums]:
@@ -109,6 +117,10 @@ def _build(
         size=model_size(config, vocab_size),
         compile_seconds=time.perf_counter() - start,
     )
+
+
+def _left_out(*_: Any) -> Any:
+    raise RuntimeError("this program was built with training=False")
 
 
 def _run_once(devices: tuple[jax.Device, ...]) -> dict[str, Any] | None:
