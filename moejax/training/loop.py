@@ -56,12 +56,12 @@ def train(
     make_schedule(config.optimizer, config.train.steps)
     check_batch(config.data.batch // config.train.accumulation, make_mesh(config.mesh))
     check_claim(workdir, config)
-    if config.leaks:
-        progress.say(f"warning: {_LEAK.format(config.router.label, config.moe.groups)}")
     dataset = open_dataset(config.data, progress=not quiet)
     check_same_data(workdir, dataset)
     program = build_program(config, dataset.vocab_size, len(dataset.domains))
     claim(workdir, config)  # only now: a config that does not fit the machine leaves nothing behind
+    if config.leaks:
+        progress.say(f"warning: {_LEAK.format(config.router.label, config.moe.groups)}")
     run = _Run(config, workdir, dataset, program, progress)
     try:
         with _interruptible() as interrupted:

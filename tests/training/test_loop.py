@@ -74,9 +74,10 @@ def test_a_run_cut_between_two_records_writes_the_same_records(
 @pytest.mark.parametrize(("groups", "warned"), [("batch", True), ("position", False)])
 def test_a_run_whose_routing_leaks_says_so_first(tmp_path, monkeypatch, capsys, groups, warned):
     def stop(*_):
-        raise loop_file.Stopped("before anything compiles")
+        raise loop_file.Stopped("before the first step")
 
-    monkeypatch.setattr(loop_file, "build_program", stop)
+    monkeypatch.setattr(loop_file, "build_program", lambda *_: None)
+    monkeypatch.setattr(loop_file, "_Run", stop)
     config = tiny.tiny(router={"name": "expert_choice", "k": 2}, moe={"groups": groups})
     with pytest.raises(loop_file.Stopped):
         train(config, tmp_path / "run")
