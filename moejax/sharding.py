@@ -33,6 +33,7 @@ SHARDINGS: dict[str, P] = {
     "w_gate_EDF": P("expert", "fsdp", "tensor"),
     "w_out_EFD": P("expert", "tensor", "fsdp"),
     "batch_B": P(BATCH_AXES),
+    "x_BSD": P(BATCH_AXES, None, None),
 }
 
 
@@ -65,6 +66,16 @@ def check_batch(batch: int, mesh: Mesh) -> None:
             f"batch {batch} is not divisible by data x fsdp x expert = {parts} of mesh "
             f"{dict(mesh.shape)}; change data.batch, train.accumulation or mesh"
         )
+
+
+def constrain(a: jax.Array, name: str) -> jax.Array:
+    """An activation, cut as SHARDINGS says where a mesh is set (`jax.set_mesh`); else as it is.
+
+    Left alone, the compiler may cut activations along the weights' axes and move them whole.
+    """
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return a
+    return jax.lax.with_sharding_constraint(a, SHARDINGS[name])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -11,6 +11,7 @@ from moejax.config import Config
 from moejax.model.layers import Attention, FeedForward, RMSNorm, attention_mask, initial
 from moejax.model.moe import MoE
 from moejax.routing import MoeStats
+from moejax.sharding import constrain
 
 
 class Context(NamedTuple):
@@ -143,7 +144,7 @@ class Transformer(nnx.Module):
         """
         context = self._context(token_BS, segment_BS, position_BS, valid_BS)
         dtype = jnp.dtype(self.config.model.dtype)
-        x_BSD = self.embed_VD[...][token_BS].astype(dtype)
+        x_BSD = constrain(self.embed_VD[...][token_BS].astype(dtype), "x_BSD")
         keys_L = None if key is None else jax.random.split(key, max(1, self.config.moe_layers))
         stats = None
         for unit, (kinds, _) in zip(self.stacks, layer_stacks(self.config), strict=True):
@@ -168,7 +169,8 @@ class Transformer(nnx.Module):
 
         def layer(x_BSD: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
             params, key, state = xs
-            return nnx.merge(graph, params)(x_BSD, context, key, state)
+            x_BSD, stats = nnx.merge(graph, params)(x_BSD, context, key, state)
+            return constrain(x_BSD, "x_BSD"), stats
 
         if self.config.model.remat:
             layer = jax.checkpoint(layer)

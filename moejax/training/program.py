@@ -100,12 +100,19 @@ def _build(
     if training:
         batch = _abstract_batch(config, batch_sharding(mesh))
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-        compiled = jitted.lower(abstract, batch).compile()
+        with jax.set_mesh(mesh):
+            compiled = jitted.lower(abstract, batch).compile()
     evaluation, as_trained = _evaluations(config)
 
     def evaluator(moe_config: Config) -> Callable[..., EvalSums]:
         eval_graph = make_graph(moe_config, vocab_size)
-        return jax.jit(functools.partial(eval_step, graph=eval_graph, domains=num_domains))
+        jitted = jax.jit(functools.partial(eval_step, graph=eval_graph, domains=num_domains))
+
+        def evaluate(*arguments: Any) -> EvalSums:
+            with jax.set_mesh(mesh):
+                return jitted(*arguments)
+
+        return evaluate
 
     return Program(
         init=jax.jit(init, out_shardings=where, compiler_options=_run_once(devices)),

@@ -59,7 +59,13 @@ def compiled_step(arm, accumulation, grid):
     graph = make_graph(config, tiny.VOCABULARY)
     step = functools.partial(train_step, graph=graph, config=config, optimizer=optax.sgd(1.0))
     where = shardings(start_of(arm), grid)
-    return jax.jit(step, out_shardings=(where, None), compiler_options=FAST)
+    jitted = jax.jit(step, out_shardings=(where, None), compiler_options=FAST)
+
+    def run(state, batch):
+        with jax.set_mesh(grid):
+            return jitted(state, batch)
+
+    return run
 
 
 @functools.cache
