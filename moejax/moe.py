@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.dispatch import DISPATCH, Experts, make_plan, route
-from moejax.routing import MoeStats, Recorded, Router, RouterInput, moe_stats
+from moejax.dispatch import Bounds, Experts, make_plan, route, run_experts
+from moejax.routing import MoeStats, Recorded, Router, RouterInput, Routing, moe_stats
 
 
 class MoeParams(NamedTuple):
@@ -29,6 +29,12 @@ class MoeOptions(NamedTuple):
     capacity_factor: float | None = None
     groups: str = "batch"
     jitter: float = 0.0
+
+    def per_token(self, routing: Routing) -> int:
+        """How many assignments a token has at most: K where it chooses, else E."""
+        num_tokens, num_experts = routing.scores_TE.shape
+        chooses = self.router.spec is not None and self.router.spec.chooses == "token"
+        return routing.token_N.shape[0] // num_tokens if chooses else num_experts
 
 
 def moe(
@@ -62,7 +68,10 @@ def moe(
     r = r._replace(recorded=recorded)
     routing = route(options.router.route, r, sequences, options.groups)
     plan = make_plan(routing, options.capacity_factor, num_groups(x_BSD.shape, options.groups))
-    y_TD, output_ED = DISPATCH[options.dispatch](p.experts, x_TD, plan, options.activation)
+    bounds = Bounds(options.per_token(routing), local_slots=options.groups == "sequence")
+    y_TD, output_ED = run_experts(
+        options.dispatch, p.experts, x_TD, plan, options.activation, bounds
+    )
     if routing.rest_TD is not None:
         y_TD = (y_TD + routing.rest_TD).astype(x_TD.dtype)
     return y_TD.reshape(x_BSD.shape), moe_stats(r, routing, plan, output_ED, sequences)

@@ -13,8 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.config import MeshConfig
-
-BATCH_AXES = ("data", "fsdp", "expert")
+from moejax.dispatch.parallel import BATCH_AXES
 
 SHARDINGS: dict[str, P] = {
     "embed_VD": P("tensor", "fsdp"),
