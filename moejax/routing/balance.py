@@ -1,8 +1,9 @@
 """Balance losses, each with its normalisation in its name and its docstring.
 
 A loss is a function of one layer's `MoeStats`: sums over the whole global batch, all microbatches
-and devices included. It is 1 at perfect balance (router_z: no such value); a training loss adds
-weight x mean over MoE layers. Gradients flow through the probabilities, never through the counts.
+and devices included. It is 1 at perfect balance (importance, load: 0; router_z: no such value); a
+training loss adds weight x mean over MoE layers. Gradients flow through the probabilities, never
+through the counts.
 """
 
 from collections.abc import Callable
@@ -42,10 +43,53 @@ def router_z(stats: MoeStats) -> jax.Array:
     return stats.z / jnp.maximum(stats.tokens, 1)
 
 
+def own_sum(stats: MoeStats, name: str, loss: str) -> jax.Array:
+    """One of the router's own sums.
+
+    Raises:
+      ValueError: the router does not provide it.
+    """
+    if name not in stats.own:
+        has = ", ".join(sorted(stats.own)) or "no sums"
+        raise ValueError(f"balance loss {loss!r} needs the router's sum {name!r}; it has {has}")
+    return stats.own[name]
+
+
+def squared_cv(amount_E: jax.Array) -> jax.Array:
+    """Squared coefficient of variation, population variance / (mean^2 + 1e-10); 0 at balance."""
+    return amount_E.var() / (jnp.square(amount_E.mean()) + 1e-10)
+
+
+def importance(stats: MoeStats) -> jax.Array:
+    """`squared_cv` of the summed gate weights (Shazeer et al. 2017, 1701.06538, eq. 7); 0 at
+    balance.
+
+    V-MoE (Riquelme et al. 2021, 2106.05974) sums noiseless probabilities of all experts instead,
+    and weighs this and `load` by half its coefficient each.
+    """
+    return squared_cv(own_sum(stats, "importance_E", "importance"))
+
+
+def load(stats: MoeStats) -> jax.Array:
+    """`squared_cv` of the expected number of tokens, were their noise drawn again (Shazeer et al.
+    2017, eq. 8-11); 0 at balance.
+
+    With expert groups (their appendix B) an expert's load is its group's
+    load times its own among the `sent_G` tokens of its group, divided by how many these are.
+    """
+    load_E = own_sum(stats, "load_E", "load")
+    if "load_G" in stats.own:
+        share_G = stats.own["load_G"] / jnp.maximum(stats.own["sent_G"], 1.0)
+        load_E = load_E * jnp.repeat(share_G, load_E.shape[0] // share_G.shape[0])
+    return squared_cv(load_E)
+
+
 BALANCE_LOSSES: dict[str, Callable[[MoeStats], jax.Array]] = {
     "load_balance": all_choices,
     "load_balance_top1": first_choices,
     "router_z": router_z,
+    "importance": importance,
+    "load": load,
 }
 
 

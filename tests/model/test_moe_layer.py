@@ -38,8 +38,14 @@ JITTER = 0.5
 def run(name, factor, groups, jitter, p, x_BSD, valid_BS, key=None):
     router = make_router(name)
     options = MoeOptions(router, "gather", "relu", factor, groups, jitter)
-    state = router.init(LayerSize(EXPERTS))
-    return moe(p, x_BSD, options=options, valid_BS=valid_BS, key=key, state=state)
+    state = router.init(LayerSize(EXPERTS, DIM, LENGTH))
+    columns = router.columns(EXPERTS)
+    if columns:
+        p = p._replace(w_extra_DX=jnp.sin(jnp.arange(DIM * columns)).reshape(DIM, columns))
+    token_BS = jnp.broadcast_to(jnp.arange(LENGTH)[None], valid_BS.shape)
+    return moe(
+        p, x_BSD, options=options, valid_BS=valid_BS, token_BS=token_BS, key=key, state=state
+    )
 
 
 @pytest.mark.parametrize("name", ROUTERS)
