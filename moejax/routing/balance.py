@@ -1,7 +1,8 @@
 """Balance losses, each with its normalisation in its name and its docstring.
 
 A loss is a function of one layer's `MoeStats`: sums over the whole global batch, all microbatches
-and devices included. It is 1 at perfect balance (importance, load: 0; router_z: no such value); a
+and devices included. It is 1 at perfect balance (importance, load: 0; router_z,
+router_entropy: no such value); a
 training loss adds weight x mean over MoE layers. Gradients flow through the probabilities, never
 through the counts.
 """
@@ -84,12 +85,19 @@ def load(stats: MoeStats) -> jax.Array:
     return squared_cv(load_E)
 
 
+def router_entropy(stats: MoeStats) -> jax.Array:
+    """Mean over valid tokens of the router's entropy in nats; small = few experts reach p
+    (`top_p`, Huang et al. 2024, 2403.07652)."""
+    return own_sum(stats, "entropy", "router_entropy") / jnp.maximum(stats.tokens, 1)
+
+
 BALANCE_LOSSES: dict[str, Callable[[MoeStats], jax.Array]] = {
     "load_balance": all_choices,
     "load_balance_top1": first_choices,
     "router_z": router_z,
     "importance": importance,
     "load": load,
+    "router_entropy": router_entropy,
 }
 
 

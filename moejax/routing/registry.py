@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from moejax.names import did_you_mean
-from moejax.routing import expert_choice, noisy, token_choice
+from moejax.routing import expert_choice, loss_free, noisy, token_choice
 from moejax.routing.metrics import MoeStats
 from moejax.routing.spec import LayerSize, RouterSpec
 from moejax.routing.types import RouterFn
 
 ROUTERS: dict[str, RouterSpec] = {
     **token_choice.ROUTERS,
+    **loss_free.ROUTERS,
     **expert_choice.ROUTERS,
     **noisy.ROUTERS,
 }

@@ -147,6 +147,7 @@ CASES = {
         4,
         "relu",
     ),
+    "top_p": ("top_p", {"k": 3, "p": 0.6}, "batch", 0.5, (2, 8), 4, "swiglu"),
     "topk_bpr": ("topk", {"k": 2, "order": "bpr"}, "sequence", 0.5, (3, 8), 4, "relu"),
     "noisy_topk": ("noisy_topk", {"k": 2}, "batch", 1.0, (2, 8), 4, "swiglu"),
     "hierarchical": (

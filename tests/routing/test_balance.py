@@ -16,7 +16,8 @@ from moejax.routing.balance import (
     first_choices,
     router_z,
 )
-from moejax.routing.token_choice import loss_free, topk
+from moejax.routing.loss_free import loss_free
+from moejax.routing.token_choice import topk
 from tests.dispatch.plans import plain_input
 from tests.oracle import case, check
 
