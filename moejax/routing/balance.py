@@ -1,10 +1,10 @@
 """Balance losses, each with its normalisation in its name and its docstring.
 
 A loss is a function of one layer's `MoeStats`: sums over the whole global batch, all microbatches
-and devices included. It is 1 at perfect balance (importance, load: 0; router_z,
-router_entropy: no such value); a
-training loss adds weight x mean over MoE layers. Gradients flow through the probabilities, never
-through the counts.
+and devices included. It is 1 at perfect balance (importance, load: 0; router_z, router_entropy: no
+such value); a training loss adds weight x mean over MoE layers. Gradients flow through the
+probabilities, never through the counts. Some need sums of their own (`Routing.sums`), which not
+every router keeps.
 """
 
 from collections.abc import Callable
@@ -85,6 +85,31 @@ def load(stats: MoeStats) -> jax.Array:
     return squared_cv(load_E)
 
 
+def load_balance_sequence(stats: MoeStats) -> jax.Array:
+    """`load_balance` of each sequence on its own, then the mean over sequences (DeepSeek-V3,
+    2412.19437, eq. 17-20); counts come from the unbiased scores."""
+    return stats.sequence_balance / jnp.maximum(stats.sequences, 1)
+
+
+def device(stats: MoeStats) -> jax.Array:
+    """`load_balance` over groups of experts: G sum_g f_g P_g, f and P added up in each group.
+
+    DeepSeekMoE (Dai et al. 2024, 2401.06066), whose mean of E f_e over a group is G f_g.
+    """
+    groups = own_sum(stats, "sent_G", "device").shape[0]
+    load_G, prob_G = (a.reshape(groups, -1).sum(1) for a in (stats.load_E, stats.prob_E))
+    return load_balance(load_G, prob_G / jnp.maximum(stats.tokens, 1))
+
+
+def communication(stats: MoeStats) -> jax.Array:
+    """G sum_g f''_g P_g, f'' = tokens sent to the group, once each, over M T (DeepSeek-V2,
+    2405.04434); 1 at balance where every token goes to M groups."""
+    sent_G = jax.lax.stop_gradient(own_sum(stats, "sent_G", "communication"))
+    prob_G = stats.prob_E.reshape(sent_G.shape[0], -1).sum(1)
+    tokens = jnp.maximum(stats.tokens, 1)
+    return sent_G.shape[0] * jnp.dot(sent_G / tokens, prob_G / tokens)
+
+
 def router_entropy(stats: MoeStats) -> jax.Array:
     """Mean over valid tokens of the router's entropy in nats; small = few experts reach p
     (`top_p`, Huang et al. 2024, 2403.07652)."""
@@ -98,6 +123,9 @@ BALANCE_LOSSES: dict[str, Callable[[MoeStats], jax.Array]] = {
     "importance": importance,
     "load": load,
     "router_entropy": router_entropy,
+    "load_balance_sequence": load_balance_sequence,
+    "device": device,
+    "communication": communication,
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from moejax.names import did_you_mean
-from moejax.routing import expert_choice, loss_free, noisy, token_choice
+from moejax.routing import deepseek, expert_choice, loss_free, noisy, token_choice
 from moejax.routing.metrics import MoeStats
 from moejax.routing.spec import LayerSize, RouterSpec
 from moejax.routing.types import RouterFn
@@ -17,6 +17,7 @@ ROUTERS: dict[str, RouterSpec] = {
     **loss_free.ROUTERS,
     **expert_choice.ROUTERS,
     **noisy.ROUTERS,
+    **deepseek.ROUTERS,
 }
 
 

@@ -31,7 +31,11 @@ SOME_T = jnp.asarray(RANDOM.random(TOKENS) < 0.6)
 ALL_T = jnp.ones(TOKENS, bool)
 LOSSES = {"load_balance": 1.0, "load_balance_top1": 1.0, "router_z": 1.0}
 NOISY = {"importance": 1.0, "load": 1.0}
+DEVICES = {"device": 1.0, "communication": 1.0, "load_balance_sequence": 1.0}
 OWN_LOSSES = {
+    "deepseek_moe": DEVICES,
+    "deepseek_v2": DEVICES,
+    "deepseek_v3": DEVICES,
     "noisy_topk": NOISY,
     "hierarchical": NOISY,
     "vmoe": NOISY,
@@ -166,10 +170,12 @@ def test_padding_changes_nothing_whatever_it_holds(name: str) -> None:
 
 def formula(name: str, logits_TE: jax.Array, chosen_TE: np.ndarray) -> jax.Array:
     """The paper's weights of the chosen pairs, densely."""
-    score = jax.nn.sigmoid if name == "loss_free" else jax.nn.softmax
+    score = jax.nn.sigmoid if name in ("loss_free", "deepseek_v3") else jax.nn.softmax
     weight_TE = score(logits_TE) * chosen_TE
-    if name in ("gshard_top2", "noisy_topk"):
+    if name in ("gshard_top2", "noisy_topk", "deepseek_v3"):
         weight_TE = weight_TE / weight_TE.sum(-1, keepdims=True)
+    if name == "deepseek_v3":
+        weight_TE = 2.5 * weight_TE
     if name == "hierarchical":  # both groups of two, both experts of each
         primary_TG = jax.nn.softmax(2 * logits_TE.reshape(-1, 2, 2).sum(-1))
         inner_TGE = jax.nn.softmax(logits_TE.reshape(-1, 2, 2))
@@ -197,8 +203,9 @@ def test_weights_and_their_gradient_are_the_papers(name: str) -> None:
 
 @every_router
 def test_scores_are_the_affinities_without_bias(name: str) -> None:
-    everything_TE = np.ones((TOKENS, EXPERTS), bool)
-    score_TE = formula(name, LOGITS_TE, everything_TE)
+    score_TE = formula(name, LOGITS_TE, np.ones((TOKENS, EXPERTS), bool))
+    if name == "deepseek_v3":  # its weights are 2.5 s / sum of s
+        score_TE = jax.nn.sigmoid(LOGITS_TE)
     np.testing.assert_allclose(run(name, LOGITS_TE, ALL_T)[0].scores_TE, score_TE, rtol=1e-6)
 
 
