@@ -7,7 +7,6 @@ from tests.oracle import FOLDER, load
 
 # 'file/case' = nothing of it is tested; 'file/case.key' = the other expected values are.
 NOT_YET = (
-    "bias_updates/quantile_balancing",
     "collectives/jax_ragged_all_to_all_2",
     "loss_definitions/importance_cv2_unbiased",
     "loss_definitions/relu_l1",
