@@ -1,8 +1,10 @@
 """Balance losses, each with its normalisation in its name and its docstring.
 
 A loss is a function of one layer's `MoeStats`: sums over the whole global batch, all microbatches
-and devices included. It is 1 at perfect balance (router_z: no such value); a training loss adds
-weight x mean over MoE layers. Gradients flow through the probabilities, never through the counts.
+and devices included. It is 1 at perfect balance (importance, load: 0; router_z, router_entropy: no
+such value); a training loss adds weight x mean over MoE layers. Gradients flow through the
+probabilities, never through the counts. Some need sums of their own (`Routing.sums`), which not
+every router keeps.
 """
 
 from collections.abc import Callable
@@ -42,10 +44,88 @@ def router_z(stats: MoeStats) -> jax.Array:
     return stats.z / jnp.maximum(stats.tokens, 1)
 
 
+def own_sum(stats: MoeStats, name: str, loss: str) -> jax.Array:
+    """One of the router's own sums.
+
+    Raises:
+      ValueError: the router does not provide it.
+    """
+    if name not in stats.own:
+        has = ", ".join(sorted(stats.own)) or "no sums"
+        raise ValueError(f"balance loss {loss!r} needs the router's sum {name!r}; it has {has}")
+    return stats.own[name]
+
+
+def squared_cv(amount_E: jax.Array) -> jax.Array:
+    """Squared coefficient of variation, population variance / (mean^2 + 1e-10); 0 at balance."""
+    return amount_E.var() / (jnp.square(amount_E.mean()) + 1e-10)
+
+
+def importance(stats: MoeStats) -> jax.Array:
+    """`squared_cv` of the summed gate weights (Shazeer et al. 2017, 1701.06538, eq. 7); 0 at
+    balance.
+
+    V-MoE (Riquelme et al. 2021, 2106.05974) sums noiseless probabilities of all experts instead,
+    and weighs this and `load` by half its coefficient each.
+    """
+    return squared_cv(own_sum(stats, "importance_E", "importance"))
+
+
+def load(stats: MoeStats) -> jax.Array:
+    """`squared_cv` of the expected number of tokens, were their noise drawn again (Shazeer et al.
+    2017, eq. 8-11); 0 at balance.
+
+    With expert groups (their appendix B) an expert's load is its group's
+    load times its own among the `sent_G` tokens of its group, divided by how many these are.
+    """
+    load_E = own_sum(stats, "load_E", "load")
+    if "load_G" in stats.own:
+        share_G = stats.own["load_G"] / jnp.maximum(stats.own["sent_G"], 1.0)
+        load_E = load_E * jnp.repeat(share_G, load_E.shape[0] // share_G.shape[0])
+    return squared_cv(load_E)
+
+
+def load_balance_sequence(stats: MoeStats) -> jax.Array:
+    """`load_balance` of each sequence on its own, then the mean over sequences (DeepSeek-V3,
+    2412.19437, eq. 17-20); counts come from the unbiased scores."""
+    return stats.sequence_balance / jnp.maximum(stats.sequences, 1)
+
+
+def device(stats: MoeStats) -> jax.Array:
+    """`load_balance` over groups of experts: G sum_g f_g P_g, f and P added up in each group.
+
+    DeepSeekMoE (Dai et al. 2024, 2401.06066), whose mean of E f_e over a group is G f_g.
+    """
+    groups = own_sum(stats, "sent_G", "device").shape[0]
+    load_G, prob_G = (a.reshape(groups, -1).sum(1) for a in (stats.load_E, stats.prob_E))
+    return load_balance(load_G, prob_G / jnp.maximum(stats.tokens, 1))
+
+
+def communication(stats: MoeStats) -> jax.Array:
+    """G sum_g f''_g P_g, f'' = tokens sent to the group, once each, over M T (DeepSeek-V2,
+    2405.04434); 1 at balance where every token goes to M groups."""
+    sent_G = jax.lax.stop_gradient(own_sum(stats, "sent_G", "communication"))
+    prob_G = stats.prob_E.reshape(sent_G.shape[0], -1).sum(1)
+    tokens = jnp.maximum(stats.tokens, 1)
+    return sent_G.shape[0] * jnp.dot(sent_G / tokens, prob_G / tokens)
+
+
+def router_entropy(stats: MoeStats) -> jax.Array:
+    """Mean over valid tokens of the router's entropy in nats; small = few experts reach p
+    (`top_p`, Huang et al. 2024, 2403.07652)."""
+    return own_sum(stats, "entropy", "router_entropy") / jnp.maximum(stats.tokens, 1)
+
+
 BALANCE_LOSSES: dict[str, Callable[[MoeStats], jax.Array]] = {
     "load_balance": all_choices,
     "load_balance_top1": first_choices,
     "router_z": router_z,
+    "importance": importance,
+    "load": load,
+    "router_entropy": router_entropy,
+    "load_balance_sequence": load_balance_sequence,
+    "device": device,
+    "communication": communication,
 }
 
 

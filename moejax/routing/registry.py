@@ -7,14 +7,19 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from moejax.names import did_you_mean
-from moejax.routing import expert_choice, token_choice
+from moejax.routing import deepseek, expert_choice, hash, loss_free, noisy, quantile, token_choice
 from moejax.routing.metrics import MoeStats
 from moejax.routing.spec import LayerSize, RouterSpec
 from moejax.routing.types import RouterFn
 
 ROUTERS: dict[str, RouterSpec] = {
     **token_choice.ROUTERS,
+    **loss_free.ROUTERS,
     **expert_choice.ROUTERS,
+    **noisy.ROUTERS,
+    **deepseek.ROUTERS,
+    **hash.ROUTERS,
+    **quantile.ROUTERS,
 }
 
 

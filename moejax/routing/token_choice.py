@@ -4,8 +4,7 @@ it."""
 import jax
 import jax.numpy as jnp
 
-from moejax.routing.metrics import MoeStats
-from moejax.routing.spec import LayerSize, RouterSpec
+from moejax.routing.spec import RouterSpec
 from moejax.routing.types import RouterInput, Routing, token_choice
 
 
@@ -78,43 +77,25 @@ def gshard_top2(r: RouterInput, *, k: int = 2, second: str = "random") -> Routin
     return token_choice(r, expert_TK, weight_TK, probs_TE)
 
 
-def loss_free(
-    r: RouterInput, *, k: int = 2, renormalise: bool = False, order: str = "token_major"
-) -> Routing:
-    """Auxiliary-loss-free balancing: a bias decides who is chosen, never how much it counts.
+def top_p(r: RouterInput, *, k: int = 4, p: float = 0.4, order: str = "token_major") -> Routing:
+    """Every token its own number of experts: best first, until their probabilities reach p.
 
-    Wang et al. 2024, 2408.15664: s = sigmoid(logits); choose TopK(s + b); weight = s, or s divided
-    by the sum of the chosen s (DeepSeek-V3, 2412.19437). The bias is the router's state, moved once
-    per optimizer step by `sign_update`, and has no gradient.
+    Huang et al. 2024, 2403.07652; weights raw. At most k experts, and the first one always.
+    With a flat router all tokens take many: the paper adds 1e-4 of `router_entropy`.
+
+    Raises:
+      ValueError: p outside (0, 1].
     """
-    scores_TE = jax.nn.sigmoid(r.logits_TE)
-    bias_E = jnp.zeros(scores_TE.shape[-1]) if r.state is None else r.state
-    _, expert_TK = jax.lax.top_k(jax.lax.stop_gradient(scores_TE + bias_E[None]), k)
-    weight_TK = jnp.take_along_axis(scores_TE, expert_TK, axis=-1)
-    if renormalise:
-        weight_TK = weight_TK / (weight_TK.sum(-1, keepdims=True) + 1e-20)
-    return token_choice(r, expert_TK, weight_TK, scores_TE, order)
-
-
-def sign_update(bias_E: jax.Array, load_E: jax.Array, *, bias_rate: float = 1e-3) -> jax.Array:
-    """The bias one optimizer step later: up for experts below the mean load, down above it.
-
-    Wang et al. 2024, algorithm 1: b += u sign(mean - n), n = assignments before dropping in the
-    whole global batch. |b| is at most bias_rate x steps: short runs need a larger rate than the
-    paper's 1e-3. The last axis is that of experts.
-    """
-    load_E = load_E.astype(jnp.float32)
-    return bias_E + bias_rate * jnp.sign(load_E.mean(-1, keepdims=True) - load_E)
-
-
-def zero_bias(size: LayerSize) -> jax.Array:
-    """The bias at step 0."""
-    return jnp.zeros(size.experts, jnp.float32)
-
-
-def update_bias(bias_LE: jax.Array, stats: MoeStats, *, bias_rate: float = 1e-3) -> jax.Array:
-    """`sign_update` from the loads of the global batch."""
-    return sign_update(bias_LE, stats.load_E, bias_rate=bias_rate)
+    if not 0 < p <= 1:
+        raise ValueError(f"top_p: p={p} must be in (0, 1]; the paper's is 0.4")
+    probs_TE = jax.nn.softmax(r.logits_TE)
+    weight_TK, expert_TK = jax.lax.top_k(probs_TE, k)
+    before_TK = jnp.cumsum(weight_TK, axis=-1) - weight_TK
+    open_TK = (before_TK < p).at[:, 0].set(True)
+    expert_TK = jnp.where(open_TK, expert_TK, probs_TE.shape[-1])
+    entropy_T = -(probs_TE * jax.nn.log_softmax(r.logits_TE)).sum(-1)
+    routing = token_choice(r, expert_TK, weight_TK, probs_TE, order)
+    return routing._replace(sums={"entropy": jnp.where(r.valid_T, entropy_T, 0.0).sum()})
 
 
 ROUTERS = {
@@ -142,14 +123,12 @@ ROUTERS = {
         "Muennighoff et al. 2024, 2409.02060; Jiang et al. 2024, 2401.04088",
         "V-MoE, MaxText and SGLang test values",
     ),
-    "loss_free": RouterSpec(
-        loss_free,
+    "top_p": RouterSpec(
+        top_p,
         "token",
-        "sigmoid, raw or renormalised",
-        "bias from the loads (state)",
-        "Wang et al. 2024, 2408.15664",
-        "MaxText and Megatron-LM bias steps",
-        init=zero_bias,
-        update=update_bias,
+        "softmax, raw",
+        "load_balance, router_entropy losses",
+        "Huang et al. 2024, 2403.07652",
+        "hand-computed cases",
     ),
 }

@@ -94,7 +94,9 @@ def token_choice(
       weight_TK: float32.
       scores_TE: float32.
       order: who goes first when an expert is full. 'k_major': all first choices, then all second
-        ones (GShard); 'token_major': all choices of token 0, then of token 1.
+        ones (GShard); 'token_major': all choices of token 0, then of token 1; 'bpr': k_major with
+        the tokens sorted by their largest weight (batch-prioritised routing, Riquelme et al. 2021,
+        2106.05974).
 
     Raises:
       ValueError: unknown order.
@@ -109,8 +111,11 @@ def token_choice(
         flat = [a.T.reshape(-1) for a in columns]
     elif order == "token_major":
         flat = [a.reshape(-1) for a in columns]
+    elif order == "bpr":
+        sorted_T = jnp.argsort(-weight_TK.max(-1), stable=True)
+        flat = [a[sorted_T].T.reshape(-1) for a in columns]
     else:
-        raise ValueError(f"unknown order {order!r}: use 'k_major' or 'token_major'")
+        raise ValueError(f"unknown order {order!r}: use 'k_major', 'token_major' or 'bpr'")
     return Routing(flat[0], flat[1], flat[2], flat[3], scores_TE)
 
 

@@ -21,14 +21,8 @@ def chosen(
 ) -> Routing:
     """The routing in which token t chooses expert_TK[t]; order k_major, token_major or bpr."""
     expert_TK, weight_TK = jnp.asarray(expert_TK), jnp.asarray(weight_TK, jnp.float32)
-    token_T = np.arange(len(expert_TK))
-    if order == "bpr":  # k-major, the tokens sorted by their best weight
-        token_T = np.argsort(-np.asarray(weight_TK).max(-1), kind="stable")
-        order = "k_major"
     scores_TE = jnp.zeros((len(expert_TK), num_experts))
-    r = plain_input(scores_TE)
-    routing = token_choice(r, expert_TK[token_T], weight_TK[token_T], scores_TE, order)
-    return routing._replace(token_N=jnp.asarray(token_T, jnp.int32)[routing.token_N])
+    return token_choice(plain_input(scores_TE), expert_TK, weight_TK, scores_TE, order)
 
 
 def listed(routings: Sequence[Routing]) -> Routing:

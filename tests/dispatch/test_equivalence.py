@@ -17,7 +17,7 @@ from moejax.routing import ROUTERS, LayerSize, Routing, make_router
 from tests.dispatch.plans import plan_with
 from tests.oracle import case, check
 
-DIM, FFN = 8, 12
+DIM, FFN, VOCAB = 8, 12, 16
 
 
 def layer(num_experts: int, gated: bool, dtype: str, seed: int = 0) -> MoeParams:
@@ -72,10 +72,17 @@ class Case:
         self.groups, self.factor, self.shape, self.dtype = groups, factor, shape, dtype
         self.num_experts, self.activation = num_experts, activation
         self.params = layer(num_experts, activation == "swiglu", dtype)
-        # Not zero, so that loss_free's bias takes part.
-        bias_E = np.random.default_rng(7).normal(size=num_experts, scale=0.1)
-        has_state = self.router.init(LayerSize(num_experts)) is not None
-        self.state = jnp.asarray(bias_E, jnp.float32) if has_state else None
+        random = np.random.default_rng(7)
+        columns = self.router.columns(num_experts)
+        if columns:
+            w_extra_DX = jnp.asarray(random.normal(size=(DIM, columns)), jnp.float32)
+            self.params = self.params._replace(w_extra_DX=w_extra_DX)
+        # Not as it starts, so that loss_free's bias takes part.
+        self.state = jax.tree.map(
+            lambda a: a + random.normal(size=a.shape, scale=0.1).astype(a.dtype),
+            self.router.init(LayerSize(num_experts, DIM, VOCAB)),
+        )
+        self.token_BS = jnp.asarray(random.integers(0, VOCAB, shape))
         self.cotangent_BSD = np.random.default_rng(3).normal(size=(*shape, DIM)).astype(np.float32)
         self.compare = jax.jit(self._compare)
 
@@ -87,7 +94,7 @@ class Case:
     ) -> jax.Array:
         """The same layer through the dense oracle: every expert on every token."""
         x_TD = x_BSD.reshape(-1, DIM)
-        r = router_input(p, x_TD, valid_BS, None, key, self.state, 0.0)
+        r = router_input(p, x_TD, valid_BS, self.token_BS, key, self.state, 0.0)
         routing = route(self.router.route, r, self.shape[0], self.groups)
         plan = make_plan(routing, self.factor, num_groups(x_BSD.shape, self.groups))
         weight_TE = plan_TE(plan, x_TD.shape[0], self.num_experts)
@@ -102,7 +109,13 @@ class Case:
             else:
                 options = self.options(name)
                 y_BSD, _ = moe(
-                    p, x_BSD, options=options, valid_BS=valid_BS, key=key, state=self.state
+                    p,
+                    x_BSD,
+                    options=options,
+                    valid_BS=valid_BS,
+                    token_BS=self.token_BS,
+                    key=key,
+                    state=self.state,
                 )
             return (y_BSD.astype(jnp.float32) * self.cotangent_BSD).sum(), y_BSD
 
@@ -134,6 +147,48 @@ CASES = {
         4,
         "relu",
     ),
+    "hash": ("hash", {}, "batch", 1.0, (3, 8), 4, "relu"),
+    "quantile": ("quantile_balancing", {"k": 2}, "sequence", 1.25, (3, 8), 8, "swiglu"),
+    "deepseek_moe": (
+        "deepseek_moe",
+        {"k": 3, "expert_groups": 4},
+        "batch",
+        None,
+        (2, 8),
+        8,
+        "relu",
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {"k": 2, "expert_groups": 4, "top_groups": 2, "route_scale": 4.0},
+        "sequence",
+        1.0,
+        (2, 8),
+        8,
+        "swiglu",
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {"k": 4, "expert_groups": 3, "top_groups": 2},
+        "batch",
+        0.7,
+        (3, 6),
+        9,
+        "relu",
+    ),
+    "top_p": ("top_p", {"k": 3, "p": 0.6}, "batch", 0.5, (2, 8), 4, "swiglu"),
+    "topk_bpr": ("topk", {"k": 2, "order": "bpr"}, "sequence", 0.5, (3, 8), 4, "relu"),
+    "noisy_topk": ("noisy_topk", {"k": 2}, "batch", 1.0, (2, 8), 4, "swiglu"),
+    "hierarchical": (
+        "hierarchical",
+        {"k": 4, "expert_groups": 3},
+        "sequence",
+        1.0,
+        (2, 8),
+        9,
+        "relu",
+    ),
+    "vmoe_bpr": ("vmoe", {"k": 2, "order": "bpr"}, "batch", 0.5, (2, 8), 4, "gelu"),
 }
 
 
@@ -173,6 +228,9 @@ def test_the_comparison_reaches_every_weight(name: str) -> None:
     found = cased(name)
     p, x_BSD, valid_BS = batch(found.params, found.shape, "float32", 0, "random", "all")
     (p_grad, x_grad), y_BSD = found.compare(p, x_BSD, valid_BS, jax.random.key(0))["dense"]
+    if name == "hash":  # its router's matrix does nothing
+        assert not np.any(p_grad.w_router_DE)
+        p_grad = p_grad._replace(w_router_DE=None)
     for a in jax.tree.leaves((p_grad, x_grad, y_BSD)):
         assert np.abs(a).max() > 1e-3
 

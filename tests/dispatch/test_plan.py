@@ -76,8 +76,8 @@ def test_order_of_assignments_is_their_priority(order: str, kept: set[tuple[int,
 
 def test_unknown_order_is_refused() -> None:
     r = RouterInput(jnp.zeros((2, 2)), jnp.ones(2, bool))
-    with pytest.raises(ValueError, match="unknown order 'bpr'"):
-        token_choice(r, jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 1)), jnp.zeros((2, 2)), "bpr")
+    with pytest.raises(ValueError, match="unknown order 'worst'"):
+        token_choice(r, jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 1)), jnp.zeros((2, 2)), "worst")
 
 
 def test_a_refused_assignment_takes_no_slot() -> None:

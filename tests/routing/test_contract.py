@@ -1,6 +1,7 @@
 """What every router of the catalogue owes: form, load, symmetry, padding, weights, gradients."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,21 +24,67 @@ TOKENS, EXPERTS = 12, 4
 RANDOM = np.random.default_rng(0)
 LOGITS_TE = jnp.asarray(RANDOM.normal(size=(TOKENS, EXPERTS)), jnp.float32)
 BIAS_E = jnp.asarray([0.3, -0.2, 0.1, -0.1])
+VOCAB = 16
+TOKEN_T = jnp.asarray(RANDOM.integers(0, VOCAB, TOKENS))
+SAME_E = jnp.arange(EXPERTS)
 SOME_T = jnp.asarray(RANDOM.random(TOKENS) < 0.6)
 ALL_T = jnp.ones(TOKENS, bool)
 LOSSES = {"load_balance": 1.0, "load_balance_top1": 1.0, "router_z": 1.0}
+NOISY = {"importance": 1.0, "load": 1.0}
+DEVICES = {"device": 1.0, "communication": 1.0, "load_balance_sequence": 1.0}
+OWN_LOSSES = {
+    "deepseek_moe": DEVICES,
+    "deepseek_v2": DEVICES,
+    "deepseek_v3": DEVICES,
+    "noisy_topk": NOISY,
+    "hierarchical": NOISY,
+    "vmoe": NOISY,
+    "top_p": {"router_entropy": 1.0},
+}
+
+
+def state_of(name: str, order_E) -> Any:
+    """A state that takes part: not the first one, its experts renamed."""
+    state = make_router(name).init(LayerSize(EXPERTS, 8, VOCAB, jnp.arange(VOCAB) + 1.0))
+    if state is None:
+        return None
+    if name == "hash":  # expert order_E[e] of the table has the new name e
+        return jnp.argsort(order_E)[state]
+    return state + BIAS_E[order_E]
+
+
+def extra_of(name: str, logits_TE):
+    """Further projections that move with the tokens and with the names of the experts."""
+    columns = make_router(name).columns(EXPERTS)
+    if not columns:
+        return None
+    if name == "hierarchical":  # two primary logits, two scales of their noise, four scales
+        primary_TG = 2 * logits_TE.reshape(-1, 2, 2).sum(-1)
+        return jnp.concatenate([primary_TG, primary_TG, 0.7 * logits_TE], axis=1)
+    return 0.7 * logits_TE
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run(name: str, logits_TE, valid_T, bias_E=BIAS_E):
+def run(name: str, logits_TE, valid_T, token_T=TOKEN_T, order_E=SAME_E):
     """The routing without noise, its dense form, its statistics when dropless, and the losses."""
     router = make_router(name)
-    state = None if router.init(LayerSize(EXPERTS)) is None else bias_E
-    r = RouterInput(logits_TE, valid_T, state=state)
+    r = RouterInput(
+        logits_TE,
+        valid_T,
+        state=state_of(name, order_E),
+        token_T=token_T,
+        next_T=token_T,
+        extra_TX=extra_of(name, logits_TE),
+    )
     routing = route(router.route, r, 1, "batch")
     stats = moe_stats(r, routing, make_plan(routing, None))
     layer = jax.tree.map(lambda a: a[None], stats)
-    return routing, combine_TE(routing), stats, balance_losses(layer, LOSSES)
+    return (
+        routing,
+        combine_TE(routing),
+        stats,
+        balance_losses(layer, {**LOSSES, **OWN_LOSSES.get(name, {})}),
+    )
 
 
 every_router = pytest.mark.parametrize("name", ROUTERS)
@@ -67,7 +114,10 @@ def test_load_counts_every_choice_of_every_real_token(name: str, valid_T) -> Non
     if ROUTERS[name].chooses == "expert":  # each takes C = ceil(2 x 12 / 4) = 6, or all there are
         assert stats.load_E.tolist() == [min(6, real)] * EXPERTS
     else:
-        assert int(stats.load_E.sum()) == k * real
+        if name == "top_p":  # as many as each token wants, which are fewer than four for some
+            assert real <= int(stats.load_E.sum()) < max(1, k * real)
+        else:
+            assert int(stats.load_E.sum()) == k * real
         assert int(stats.first_E.sum()) == real
     np.testing.assert_array_equal(stats.load_E, (np.asarray(dense_TE) > 0).sum(0))
     np.testing.assert_array_equal(stats.load_E, stats.kept_E)  # no capacity, no drops
@@ -78,7 +128,9 @@ def test_load_counts_every_choice_of_every_real_token(name: str, valid_T) -> Non
 def test_order_of_tokens_is_nothing_without_a_capacity(name: str) -> None:
     order_T = RANDOM.permutation(TOKENS)
     _, dense_TE, stats, losses = run(name, LOGITS_TE, SOME_T)
-    _, moved_TE, moved_stats, moved_losses = run(name, LOGITS_TE[order_T], SOME_T[order_T])
+    _, moved_TE, moved_stats, moved_losses = run(
+        name, LOGITS_TE[order_T], SOME_T[order_T], TOKEN_T[order_T]
+    )
     np.testing.assert_allclose(moved_TE, dense_TE[order_T], rtol=1e-6)
     np.testing.assert_array_equal(moved_stats.load_E, stats.load_E)
     for key, value in losses.items():
@@ -87,10 +139,11 @@ def test_order_of_tokens_is_nothing_without_a_capacity(name: str) -> None:
 
 @every_router
 def test_names_of_experts_are_nothing(name: str) -> None:
-    order_E = np.array([2, 0, 3, 1])
+    # Groups of experts are neighbours: names move within them.
+    order_E = np.array([1, 0, 3, 2] if name == "hierarchical" else [2, 0, 3, 1])
     _, dense_TE, stats, losses = run(name, LOGITS_TE, SOME_T)
     _, moved_TE, moved_stats, moved_losses = run(
-        name, LOGITS_TE[:, order_E], SOME_T, BIAS_E[order_E]
+        name, LOGITS_TE[:, order_E], SOME_T, TOKEN_T, jnp.asarray(order_E)
     )
     np.testing.assert_allclose(moved_TE, dense_TE[:, order_E], rtol=1e-6)
     np.testing.assert_array_equal(moved_stats.load_E, stats.load_E[order_E])
@@ -109,18 +162,31 @@ def test_padding_changes_nothing_whatever_it_holds(name: str) -> None:
     # And the losses are those of the real tokens alone, where those choose the same experts.
     if ROUTERS[name].chooses == "token":
         real = np.flatnonzero(SOME_T)
-        _, _, alone, alone_losses = run(name, LOGITS_TE[real], jnp.ones(len(real), bool))
+        _, _, alone, alone_losses = run(
+            name, LOGITS_TE[real], jnp.ones(len(real), bool), TOKEN_T[real]
+        )
         np.testing.assert_array_equal(alone.load_E, stats.load_E)
         for key, value in losses.items():
             np.testing.assert_allclose(alone_losses[key], value, rtol=1e-5)
 
 
+SIGMOID = ("loss_free", "deepseek_v3", "quantile_balancing")
+
+
 def formula(name: str, logits_TE: jax.Array, chosen_TE: np.ndarray) -> jax.Array:
     """The paper's weights of the chosen pairs, densely."""
-    score = jax.nn.sigmoid if name == "loss_free" else jax.nn.softmax
+    if name == "hash":
+        return jnp.asarray(chosen_TE, jnp.float32) + 0 * logits_TE
+    score = jax.nn.sigmoid if name in SIGMOID else jax.nn.softmax
     weight_TE = score(logits_TE) * chosen_TE
-    if name == "gshard_top2":
+    if name in ("gshard_top2", "noisy_topk", "deepseek_v3"):
         weight_TE = weight_TE / weight_TE.sum(-1, keepdims=True)
+    if name == "deepseek_v3":
+        weight_TE = 2.5 * weight_TE
+    if name == "hierarchical":  # both groups of two, both experts of each
+        primary_TG = jax.nn.softmax(2 * logits_TE.reshape(-1, 2, 2).sum(-1))
+        inner_TGE = jax.nn.softmax(logits_TE.reshape(-1, 2, 2))
+        weight_TE = (primary_TG[:, :, None] * inner_TGE).reshape(-1, EXPERTS)
     return weight_TE
 
 
@@ -139,25 +205,34 @@ def test_weights_and_their_gradient_are_the_papers(name: str) -> None:
     np.testing.assert_allclose(dense_TE, formula(name, LOGITS_TE, chosen_TE), rtol=1e-6)
     got, want = jax.grad(ours)(LOGITS_TE), jax.grad(papers)(LOGITS_TE)
     np.testing.assert_allclose(got, want, atol=1e-6)
-    assert np.abs(want).max() > 0.01
+    assert (np.abs(want).max() > 0.01) == (name != "hash")  # which learns nothing
 
 
 @every_router
 def test_scores_are_the_affinities_without_bias(name: str) -> None:
-    score = jax.nn.sigmoid if name == "loss_free" else jax.nn.softmax
-    np.testing.assert_allclose(
-        run(name, LOGITS_TE, ALL_T)[0].scores_TE, score(LOGITS_TE), rtol=1e-6
-    )
+    score_TE = formula(name, LOGITS_TE, np.ones((TOKENS, EXPERTS), bool))
+    if name == "deepseek_v3":  # its weights are 2.5 s / sum of s
+        score_TE = jax.nn.sigmoid(LOGITS_TE)
+    if name == "hash":
+        score_TE = jax.nn.one_hot(state_of(name, SAME_E)[TOKEN_T], EXPERTS)
+    np.testing.assert_allclose(run(name, LOGITS_TE, ALL_T)[0].scores_TE, score_TE, rtol=1e-6)
 
 
 @every_router
 def test_ties_go_to_the_lowest_index(name: str) -> None:
-    routing, dense_TE, _, _ = run(name, jnp.zeros_like(LOGITS_TE), ALL_T, jnp.zeros(EXPERTS))
+    # Biases that are alike, too: those of one expert, for all.
+    routing, dense_TE, _, _ = run(
+        name, jnp.zeros_like(LOGITS_TE), ALL_T, TOKEN_T, jnp.zeros(EXPERTS, int)
+    )
     chosen_TE = np.zeros((TOKENS, EXPERTS), bool)
     if ROUTERS[name].chooses == "expert":
         chosen_TE[:6] = True
+    elif name == "hash":  # it looks at the token only
+        chosen_TE[np.arange(TOKENS), state_of(name, SAME_E)[TOKEN_T]] = True
     else:
-        chosen_TE[:, : routing.token_N.shape[0] // TOKENS] = True
+        # Of probabilities 1/4, two reach top_p's p = .4.
+        k = 2 if name == "top_p" else routing.token_N.shape[0] // TOKENS
+        chosen_TE[:, :k] = True
     np.testing.assert_array_equal(np.asarray(dense_TE) > 0, chosen_TE)
 
 

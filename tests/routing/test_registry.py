@@ -23,7 +23,13 @@ def nearest(r: RouterInput, *, k: int = 1, sharpness: float = 1.0) -> Routing:
 
 
 R = RouterInput(jnp.asarray([[0.0, 1.0, 2.0]]), jnp.ones(1, bool))
-R2 = RouterInput(jnp.asarray([[0.0, 1.0, 2.0]] * 2), jnp.ones(2, bool))
+SIZE = LayerSize(4, 8, 16, jnp.ones(16))
+R2 = RouterInput(
+    jnp.asarray([[0.0, 1.0, 2.0, 3.0]] * 2),
+    jnp.ones(2, bool),
+    token_T=jnp.arange(2),
+    next_T=jnp.arange(2),
+)
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -33,9 +39,10 @@ def test_every_built_in_is_made_from_its_own_hyperparameters(name: str) -> None:
     router = make_router(name, options)
     assert router.spec is ROUTERS[name]
     assert router.spec.chooses in ("token", "expert") and router.spec.paper
-    state = router.init(LayerSize(3))
+    state = router.init(SIZE)
     assert (state is None) == (router.spec.init is None)
-    assert router.route(R2._replace(state=state)).scores_TE.shape == (2, 3)
+    r = R2._replace(state=state, extra_TX=jnp.zeros((2, router.columns(4))))
+    assert router.route(r).scores_TE.shape == (2, 4)
 
 
 def test_state_rule_takes_its_own_options_only() -> None:

@@ -1,6 +1,4 @@
-"""Token choice by hand: gates, gradients, GShard's coin, a bias that selects and never weighs."""
-
-import types
+"""Token choice by hand: gates, gradients, GShard's coin, tokens with their own k."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +6,10 @@ import numpy as np
 import pytest
 
 from moejax.dispatch import make_plan
-from moejax.routing import LayerSize, combine_TE, make_router
-from moejax.routing.token_choice import gshard_top2, loss_free, sign_update, switch, topk
+from moejax.routing import RouterInput, combine_TE, moe_stats
+from moejax.routing.balance import BALANCE_LOSSES
+from moejax.routing.token_choice import gshard_top2, switch, top_p, topk
 from tests.dispatch.plans import plain_input
-from tests.oracle import case, check
 
 
 def logits_of(*probs_E: float) -> jax.Array:
@@ -55,6 +53,8 @@ def test_top1_is_never_renormalised() -> None:
     [
         (switch, {"k": 2}, "got k=2; use topk"),
         (gshard_top2, {"k": 3}, "got k=3; use topk"),
+        (top_p, {"p": 0.0}, r"p=0.0 must be in \(0, 1\]"),
+        (top_p, {"p": 1.5}, r"p=1.5 must be in \(0, 1\]"),
         (gshard_top2, {"second": "often"}, "unknown second='often': use 'random' or 'always'"),
     ],
 )
@@ -104,71 +104,33 @@ def test_gshard_refused_by_the_coin_takes_no_slot_and_no_load() -> None:
     np.testing.assert_array_equal(np.flatnonzero(kept_T), np.flatnonzero(passed_T)[:20])
 
 
-S_E = jnp.asarray([[0.9, 0.8, 0.1, 0.2]])
-LOGIT_E = jnp.log(S_E / (1 - S_E))
-B_E = jnp.asarray([-0.6, 0.0, 0.3, 0.0])
+def test_top_p_takes_experts_until_their_mass_reaches_p() -> None:
+    # p = (.5, .3, .15, .05). Before each choice: 0, .5, .8, .95 are reached.
+    logits_TE = logits_of(0.5, 0.3, 0.15, 0.05)
+    for p, count in ((0.4, 1), (0.55, 2), (0.79, 2), (0.81, 3), (0.97, 4), (1.0, 4)):
+        weight_E = combine_TE(top_p(plain_input(logits_TE), p=p))[0]
+        np.testing.assert_allclose(
+            weight_E, np.where(np.arange(4) < count, [0.5, 0.3, 0.15, 0.05], 0.0), rtol=1e-6
+        )
+    capped_E = combine_TE(top_p(plain_input(logits_TE), p=0.97, k=2))[0]
+    np.testing.assert_allclose(capped_E, [0.5, 0.3, 0.0, 0.0], rtol=1e-6)
 
 
-def test_loss_free_bias_selects_and_never_weighs() -> None:
-    # s + b = (.3, .8, .4, .2): experts 1 and 2, with the weights s = .8, .1; renormalised / .9.
-    r = plain_input(LOGIT_E, state=B_E)
-    np.testing.assert_allclose(combine_TE(loss_free(r)), [[0.0, 0.8, 0.1, 0.0]], rtol=1e-5)
-    renormalised_TE = combine_TE(loss_free(r, renormalise=True))
-    np.testing.assert_allclose(renormalised_TE, [[0.0, 8 / 9, 1 / 9, 0.0]], rtol=1e-5)
-    np.testing.assert_allclose(
-        combine_TE(loss_free(plain_input(LOGIT_E))), [[0.9, 0.8, 0.0, 0.0]], rtol=1e-5
-    )
+def test_top_p_counts_what_each_token_took() -> None:
+    # A sure token takes one expert, an unsure one three of probability .25; the third is padding.
+    logits_TE = jnp.concatenate([logits_of(0.97, 0.01, 0.01, 0.01), jnp.zeros((2, 4))])
+    r = RouterInput(logits_TE, jnp.asarray([True, True, False]))
+    routing = top_p(r, p=0.7)
+    stats = moe_stats(r, routing, make_plan(routing, None))
+    assert stats.load_E.tolist() == [2, 1, 1, 0] and stats.first_E.tolist() == [2, 0, 0, 0]
+    # Entropies: -.97 ln .97 - 3 x .01 ln .01 = .1677; ln 4 = 1.3863. Their mean is .7770.
+    assert BALANCE_LOSSES["router_entropy"](stats) == pytest.approx(0.77700, abs=1e-5)
 
 
-def test_loss_free_bias_has_no_gradient_and_no_effect_on_a_kept_set() -> None:
-    def weights(bias_E: jax.Array) -> jax.Array:
-        return combine_TE(loss_free(plain_input(LOGIT_E, state=bias_E), renormalise=True))
+def test_router_entropy_makes_a_token_surer() -> None:
+    def entropy(logits_TE: jax.Array) -> jax.Array:
+        return top_p(plain_input(logits_TE), k=3).sums["entropy"]
 
-    assert not np.any(jax.jacobian(weights)(B_E))
-    # (.25, .75, .45, .15) still picks 1 and 2: bit for bit the same weights.
-    nudged_E = B_E + jnp.asarray([-0.05, -0.05, 0.05, -0.05])
-    np.testing.assert_array_equal(weights(nudged_E), weights(B_E))
-
-
-def test_sign_update_by_hand() -> None:
-    # n = (2, 6, 7, 9), mean 6: (+, 0, -, -) u, added to what was there.
-    got_E = sign_update(
-        jnp.asarray([0.5, 0.5, 0.5, 0.5]), jnp.asarray([2, 6, 7, 9]), bias_rate=0.01
-    )
-    np.testing.assert_allclose(got_E, [0.51, 0.5, 0.49, 0.49], rtol=1e-6)
-
-
-def test_sign_update_as_in_maxtext() -> None:
-    found = case("bias_updates/maxtext_bias_update")
-    expert_N = np.asarray(found["inputs"]["experts_BSK"]).reshape(-1)
-    load_E = np.bincount(expert_N, minlength=found["inputs"]["E"])
-    check(found, "load_E", load_E)
-    check(found, "step_E", sign_update(jnp.zeros(4), jnp.asarray(load_E), bias_rate=0.01))
-
-
-def test_sign_update_is_not_centred() -> None:
-    found = case("bias_updates/sign_step_with_and_without_centring")
-    logits_TE = jnp.asarray(found["inputs"]["logits_LTE"][0])
-    routing = loss_free(plain_input(logits_TE))
-    load_E = jnp.bincount(routing.expert_N, length=4)
-    check(found, "load_E", load_E)
-    check(
-        found, "not_centred_E", sign_update(jnp.zeros(4), load_E, bias_rate=found["inputs"]["rate"])
-    )
-
-
-def test_loss_free_balances_a_skewed_batch() -> None:
-    # Expert 0 is everybody's favourite by far; 100 steps of .02 let the others catch up.
-    router = make_router("loss_free", {"k": 2, "bias_rate": 0.02})
-    logits_TE = jnp.asarray(np.random.default_rng(0).normal(size=(64, 8)), jnp.float32)
-    logits_TE = logits_TE.at[:, 0].add(2.0)
-
-    def step(bias_E: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        routing = router.route(plain_input(logits_TE, state=bias_E))
-        load_E = jnp.zeros(8, jnp.int32).at[routing.expert_N].add(1)
-        return router.update(bias_E, types.SimpleNamespace(load_E=load_E)), load_E
-
-    bias_E, load_XE = jax.lax.scan(step, router.init(LayerSize(8)), length=100)
-    assert int(load_XE[0].max()) > 50  # mean 16
-    assert int(load_XE[-1].max()) <= 20
-    assert np.abs(bias_E).max() <= 100 * 0.02 + 1e-6
+    gradient_TE = jax.grad(entropy)(logits_of(0.7, 0.2, 0.1))
+    # d H / d logits = -p (ln p + H), H = .8018: downhill, the best logit rises, all others fall.
+    np.testing.assert_allclose(gradient_TE, [[-0.31161, 0.16152, 0.15007]], atol=2e-4)
