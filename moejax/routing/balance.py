@@ -42,10 +42,41 @@ def router_z(stats: MoeStats) -> jax.Array:
     return stats.z / jnp.maximum(stats.tokens, 1)
 
 
+def active_l1(stats: MoeStats) -> jax.Array:
+    """sum_e (E n_e / T') (l1_e / T'): ReMoE's L1 norm, heavier for busy experts (Wang et al. 2024,
+    2412.14711, eq. 8).
+
+    With l1_e = lambda / K sum_t relu(logits): lambda times the mean over tokens of sum_e f_e relu,
+    f_e = E n_e / (K T'). The strength lambda is inside, so the loss has weight 1 in training.
+
+    Raises:
+      ValueError: a router without the sum l1_E.
+    """
+    tokens = jnp.maximum(stats.tokens, 1).astype(jnp.float32)
+    count_E = jax.lax.stop_gradient(stats.load_E.astype(jnp.float32))
+    l1_E = own_sum(stats, "l1_E", "active_l1", "remoe")
+    return count_E.shape[-1] * jnp.dot(count_E / tokens, l1_E / tokens)
+
+
+def own_sum(stats: MoeStats, name: str, loss: str, router: str) -> jax.Array:
+    """A sum that only some routers provide.
+
+    Raises:
+      ValueError: this router does not.
+    """
+    if name not in stats.own:
+        have = ", ".join(stats.own) or "none"
+        raise ValueError(
+            f"balance.{loss} needs the sum {name!r} of router {router}; this router's sums: {have}"
+        )
+    return stats.own[name]
+
+
 BALANCE_LOSSES: dict[str, Callable[[MoeStats], jax.Array]] = {
     "load_balance": all_choices,
     "load_balance_top1": first_choices,
     "router_z": router_z,
+    "active_l1": active_l1,
 }
 
 

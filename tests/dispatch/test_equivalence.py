@@ -72,10 +72,16 @@ class Case:
         self.groups, self.factor, self.shape, self.dtype = groups, factor, shape, dtype
         self.num_experts, self.activation = num_experts, activation
         self.params = layer(num_experts, activation == "swiglu", dtype)
+        random = np.random.default_rng(7)
+        columns = self.router.columns(num_experts)
+        if columns:
+            extra_DX = jnp.asarray(random.normal(size=(DIM, columns)) / 8, jnp.float32)
+            self.params = self.params._replace(w_extra_DX=extra_DX)
         # Not zero, so that loss_free's bias takes part.
-        bias_E = np.random.default_rng(7).normal(size=num_experts, scale=0.1)
-        has_state = self.router.init(LayerSize(num_experts)) is not None
-        self.state = jnp.asarray(bias_E, jnp.float32) if has_state else None
+        self.state = jax.tree.map(
+            lambda a: a + jnp.asarray(random.normal(size=a.shape, scale=0.1), a.dtype),
+            self.router.init(LayerSize(num_experts, DIM)),
+        )
         self.cotangent_BSD = np.random.default_rng(3).normal(size=(*shape, DIM)).astype(np.float32)
         self.compare = jax.jit(self._compare)
 
@@ -91,7 +97,10 @@ class Case:
         routing = route(self.router.route, r, self.shape[0], self.groups)
         plan = make_plan(routing, self.factor, num_groups(x_BSD.shape, self.groups))
         weight_TE = plan_TE(plan, x_TD.shape[0], self.num_experts)
-        return dense_moe(p.experts, x_TD, weight_TE, self.activation).reshape(x_BSD.shape)
+        y_TD = dense_moe(p.experts, x_TD, weight_TE, self.activation)
+        if routing.rest_TD is not None:
+            y_TD = y_TD + routing.rest_TD
+        return y_TD.reshape(x_BSD.shape)
 
     def _compare(self, p: MoeParams, x_BSD: jax.Array, valid_BS: jax.Array, key: jax.Array) -> Any:
         """name -> (y, gradients of a random projection of y by the weights and by x)."""
@@ -134,6 +143,8 @@ CASES = {
         4,
         "relu",
     ),
+    "remoe": ("remoe", {}, "batch", None, (2, 8), 4, "swiglu"),
+    "remoe_sequence": ("remoe", {"order": "k_major"}, "sequence", 0.3, (2, 8), 5, "relu"),
 }
 
 

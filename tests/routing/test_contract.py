@@ -14,6 +14,7 @@ from moejax.routing import (
     RouterInput,
     Routing,
     combine_TE,
+    hyperparameters,
     make_router,
     moe_stats,
 )
@@ -25,6 +26,8 @@ LOGITS_TE = jnp.asarray(RANDOM.normal(size=(TOKENS, EXPERTS)), jnp.float32)
 BIAS_E = jnp.asarray([0.3, -0.2, 0.1, -0.1])
 SOME_T = jnp.asarray(RANDOM.random(TOKENS) < 0.6)
 ALL_T = jnp.ones(TOKENS, bool)
+# Some routers look at further projections of a token; here these are mixtures of its logits.
+MIX_EX = jnp.asarray(RANDOM.normal(size=(EXPERTS, 64)), jnp.float32)
 LOSSES = {"load_balance": 1.0, "load_balance_top1": 1.0, "router_z": 1.0}
 
 
@@ -32,8 +35,12 @@ LOSSES = {"load_balance": 1.0, "load_balance_top1": 1.0, "router_z": 1.0}
 def run(name: str, logits_TE, valid_T, bias_E=BIAS_E):
     """The routing without noise, its dense form, its statistics when dropless, and the losses."""
     router = make_router(name)
-    state = None if router.init(LayerSize(EXPERTS)) is None else bias_E
+    state = router.init(LayerSize(EXPERTS))
+    # A state of one number an expert takes part with one that is not 0.
+    state = jax.tree.map(lambda a: bias_E if a.shape == (EXPERTS,) else a, state)
     r = RouterInput(logits_TE, valid_T, state=state)
+    if columns := router.columns(EXPERTS):
+        r = r._replace(extra_TX=jnp.dot(logits_TE, MIX_EX[:, :columns]))
     routing = route(router.route, r, 1, "batch")
     stats = moe_stats(r, routing, make_plan(routing, None))
     layer = jax.tree.map(lambda a: a[None], stats)
@@ -53,7 +60,9 @@ def test_a_routing_is_well_formed(name: str) -> None:
     assert np.all((token_N >= 0) & (token_N < TOKENS)) and np.all(expert_N[~real_N] == EXPERTS)
     pairs = list(zip(token_N[real_N], expert_N[real_N], strict=True))
     assert len(pairs) == len(set(pairs))  # a token meets an expert once
-    assert np.all(weight_N[real_N] > 0) and not np.any(weight_N[~real_N])
+    # What is computed for its gradient alone weighs nothing.
+    assert np.all((weight_N > 0)[real_N] == (np.asarray(routing.choice_N) >= 0)[real_N])
+    assert not np.any(weight_N[~real_N])
     assert np.all(np.asarray(SOME_T)[token_N[real_N]])  # padding goes nowhere
     assert not np.any(np.asarray(dense_TE)[~np.asarray(SOME_T)])
 
@@ -63,8 +72,10 @@ def test_a_routing_is_well_formed(name: str) -> None:
 def test_load_counts_every_choice_of_every_real_token(name: str, valid_T) -> None:
     routing, dense_TE, stats, _ = run(name, LOGITS_TE, valid_T)
     real = int(valid_T.sum())
-    k = routing.token_N.shape[0] // TOKENS
-    if ROUTERS[name].chooses == "expert":  # each takes C = ceil(2 x 12 / 4) = 6, or all there are
+    k = hyperparameters(name)["k"]
+    if name in ANY_NUMBER:
+        assert int(stats.load_E.sum()) <= real * EXPERTS
+    elif ROUTERS[name].chooses == "expert":  # each takes C = ceil(2 x 12 / 4) = 6, or all there are
         assert stats.load_E.tolist() == [min(6, real)] * EXPERTS
     else:
         assert int(stats.load_E.sum()) == k * real
@@ -115,10 +126,14 @@ def test_padding_changes_nothing_whatever_it_holds(name: str) -> None:
             np.testing.assert_allclose(alone_losses[key], value, rtol=1e-5)
 
 
+# A token's number of experts is not k but a result.
+ANY_NUMBER = ("remoe",)
+SCORES = {"loss_free": jax.nn.sigmoid, "remoe": jax.nn.relu}
+
+
 def formula(name: str, logits_TE: jax.Array, chosen_TE: np.ndarray) -> jax.Array:
     """The paper's weights of the chosen pairs, densely."""
-    score = jax.nn.sigmoid if name == "loss_free" else jax.nn.softmax
-    weight_TE = score(logits_TE) * chosen_TE
+    weight_TE = SCORES.get(name, jax.nn.softmax)(logits_TE) * chosen_TE
     if name == "gshard_top2":
         weight_TE = weight_TE / weight_TE.sum(-1, keepdims=True)
     return weight_TE
@@ -144,7 +159,7 @@ def test_weights_and_their_gradient_are_the_papers(name: str) -> None:
 
 @every_router
 def test_scores_are_the_affinities_without_bias(name: str) -> None:
-    score = jax.nn.sigmoid if name == "loss_free" else jax.nn.softmax
+    score = SCORES.get(name, jax.nn.softmax)
     np.testing.assert_allclose(
         run(name, LOGITS_TE, ALL_T)[0].scores_TE, score(LOGITS_TE), rtol=1e-6
     )
@@ -156,8 +171,8 @@ def test_ties_go_to_the_lowest_index(name: str) -> None:
     chosen_TE = np.zeros((TOKENS, EXPERTS), bool)
     if ROUTERS[name].chooses == "expert":
         chosen_TE[:6] = True
-    else:
-        chosen_TE[:, : routing.token_N.shape[0] // TOKENS] = True
+    elif name != "remoe":  # a relu of 0 chooses nobody
+        chosen_TE[:, : hyperparameters(name)["k"]] = True
     np.testing.assert_array_equal(np.asarray(dense_TE) > 0, chosen_TE)
 
 
