@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from moejax.names import did_you_mean
-from moejax.routing import expert_choice, remoe, token_choice
+from moejax.routing import assignment, expert_choice, remoe, token_choice
 from moejax.routing.metrics import MoeStats
 from moejax.routing.spec import LayerSize, RouterSpec
 from moejax.routing.types import RouterFn
@@ -16,6 +16,7 @@ ROUTERS: dict[str, RouterSpec] = {
     **token_choice.ROUTERS,
     **expert_choice.ROUTERS,
     **remoe.ROUTERS,
+    **assignment.ROUTERS,
 }
 
 

@@ -145,6 +145,10 @@ CASES = {
     ),
     "remoe": ("remoe", {}, "batch", None, (2, 8), 4, "swiglu"),
     "remoe_sequence": ("remoe", {"order": "k_major"}, "sequence", 0.3, (2, 8), 5, "relu"),
+    "base": ("base", {}, "sequence", None, (2, 8), 4, "swiglu"),
+    "sinkhorn": ("sinkhorn", {"k": 2}, "batch", 1.0, (3, 5), 4, "relu"),
+    "token_rounding": ("token_rounding", {"tile": 3}, "batch", None, (2, 8), 4, "swiglu"),
+    "capped": ("expert_choice_capped", {"most": 2}, "batch", None, (2, 8), 4, "relu"),
 }
 
 

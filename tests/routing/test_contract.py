@@ -129,12 +129,14 @@ def test_padding_changes_nothing_whatever_it_holds(name: str) -> None:
 # A token's number of experts is not k but a result.
 ANY_NUMBER = ("remoe",)
 SCORES = {"loss_free": jax.nn.sigmoid, "remoe": jax.nn.relu}
+SCORES |= {"base": jax.nn.sigmoid, "sinkhorn": jax.nn.sigmoid}
+RENORMALISED = ("gshard_top2", "token_rounding")
 
 
 def formula(name: str, logits_TE: jax.Array, chosen_TE: np.ndarray) -> jax.Array:
     """The paper's weights of the chosen pairs, densely."""
     weight_TE = SCORES.get(name, jax.nn.softmax)(logits_TE) * chosen_TE
-    if name == "gshard_top2":
+    if name in RENORMALISED:
         weight_TE = weight_TE / weight_TE.sum(-1, keepdims=True)
     return weight_TE
 
