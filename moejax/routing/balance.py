@@ -58,6 +58,20 @@ def active_l1(stats: MoeStats) -> jax.Array:
     return count_E.shape[-1] * jnp.dot(count_E / tokens, l1_E / tokens)
 
 
+def selector_entropy(stats: MoeStats) -> jax.Array:
+    """Mean over tokens of the sum over selectors of H(shares), in nats (DSelect-k, Hazimeh et al.
+    2021, 2106.03760, eq. 4); k ln E where all experts share alike, 0 once each has one expert."""
+    total = own_sum(stats, "selector_entropy", "selector_entropy", "dselect_k")
+    return total / jnp.maximum(stats.tokens, 1)
+
+
+def selector_reach(stats: MoeStats) -> jax.Array:
+    """Mean over tokens and selectors of 1 / (share of the codes that name an expert); 1 where E is
+    a power of 2 (DSelect-k, Hazimeh et al. 2021, 2106.03760, sum over selectors there)."""
+    total = own_sum(stats, "selector_reach", "selector_reach", "dselect_k")
+    return total / jnp.maximum(stats.tokens, 1)
+
+
 def own_sum(stats: MoeStats, name: str, loss: str, router: str) -> jax.Array:
     """A sum that only some routers provide.
 
@@ -77,6 +91,8 @@ BALANCE_LOSSES: dict[str, Callable[[MoeStats], jax.Array]] = {
     "load_balance_top1": first_choices,
     "router_z": router_z,
     "active_l1": active_l1,
+    "selector_entropy": selector_entropy,
+    "selector_reach": selector_reach,
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from moejax.names import did_you_mean
-from moejax.routing import assignment, expert_choice, remoe, token_choice
+from moejax.routing import assignment, dense_gradient, expert_choice, remoe, token_choice
 from moejax.routing.metrics import MoeStats
 from moejax.routing.spec import LayerSize, RouterSpec
 from moejax.routing.types import RouterFn
@@ -17,6 +17,7 @@ ROUTERS: dict[str, RouterSpec] = {
     **expert_choice.ROUTERS,
     **remoe.ROUTERS,
     **assignment.ROUTERS,
+    **dense_gradient.ROUTERS,
 }
 
 

@@ -149,7 +149,24 @@ CASES = {
     "sinkhorn": ("sinkhorn", {"k": 2}, "batch", 1.0, (3, 5), 4, "relu"),
     "token_rounding": ("token_rounding", {"tile": 3}, "batch", None, (2, 8), 4, "swiglu"),
     "capped": ("expert_choice_capped", {"most": 2}, "batch", None, (2, 8), 4, "relu"),
+    "sparsemixer2": ("sparsemixer2", {"epsilon": 0.5}, "batch", 1.0, (2, 8), 4, "swiglu"),
+    "densemixer": ("densemixer", {}, "batch", None, (3, 5), 4, "swiglu"),
+    "densemixer_renorm": (
+        "densemixer",
+        {"renormalise": True},
+        "sequence",
+        0.7,
+        (2, 8),
+        5,
+        "relu",
+    ),
+    "default_moe": ("default_moe", {}, "sequence", 1.0, (2, 8), 4, "swiglu"),
+    "dselect_k": ("dselect_k", {}, "batch", None, (2, 8), 5, "swiglu"),
 }
+
+
+# Routers that look at other projections instead.
+NO_LOGITS = ("dselect_k",)
 
 
 @functools.cache
@@ -188,6 +205,9 @@ def test_the_comparison_reaches_every_weight(name: str) -> None:
     found = cased(name)
     p, x_BSD, valid_BS = batch(found.params, found.shape, "float32", 0, "random", "all")
     (p_grad, x_grad), y_BSD = found.compare(p, x_BSD, valid_BS, jax.random.key(0))["dense"]
+    if found.router.spec.route.__name__ in NO_LOGITS:
+        assert not np.any(p_grad.w_router_DE)
+        p_grad = p_grad._replace(w_router_DE=None)
     for a in jax.tree.leaves((p_grad, x_grad, y_BSD)):
         assert np.abs(a).max() > 1e-3
 

@@ -19,6 +19,7 @@ from moejax.routing import (
     moe_stats,
 )
 from moejax.routing.balance import balance_losses
+from moejax.routing.dense_gradient import near_best, smooth_step
 
 TOKENS, EXPERTS = 12, 4
 RANDOM = np.random.default_rng(0)
@@ -35,7 +36,7 @@ LOSSES = {"load_balance": 1.0, "load_balance_top1": 1.0, "router_z": 1.0}
 def run(name: str, logits_TE, valid_T, bias_E=BIAS_E):
     """The routing without noise, its dense form, its statistics when dropless, and the losses."""
     router = make_router(name)
-    state = router.init(LayerSize(EXPERTS))
+    state = router.init(LayerSize(EXPERTS, dim=3))
     # A state of one number an expert takes part with one that is not 0.
     state = jax.tree.map(lambda a: bias_E if a.shape == (EXPERTS,) else a, state)
     r = RouterInput(logits_TE, valid_T, state=state)
@@ -46,6 +47,11 @@ def run(name: str, logits_TE, valid_T, bias_E=BIAS_E):
     layer = jax.tree.map(lambda a: a[None], stats)
     return routing, combine_TE(routing), stats, balance_losses(layer, LOSSES)
 
+
+# A token's number of experts is not k but a result.
+ANY_NUMBER = ("remoe", "dselect_k")
+# An expert is known by its number's bits: to rename it is to change the router.
+BY_NUMBER = ("dselect_k",)
 
 every_router = pytest.mark.parametrize("name", ROUTERS)
 
@@ -96,7 +102,7 @@ def test_order_of_tokens_is_nothing_without_a_capacity(name: str) -> None:
         np.testing.assert_allclose(moved_losses[key], value, rtol=1e-5)
 
 
-@every_router
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name not in BY_NUMBER])
 def test_names_of_experts_are_nothing(name: str) -> None:
     order_E = np.array([2, 0, 3, 1])
     _, dense_TE, stats, losses = run(name, LOGITS_TE, SOME_T)
@@ -126,18 +132,51 @@ def test_padding_changes_nothing_whatever_it_holds(name: str) -> None:
             np.testing.assert_allclose(alone_losses[key], value, rtol=1e-5)
 
 
-# A token's number of experts is not k but a result.
-ANY_NUMBER = ("remoe",)
-SCORES = {"loss_free": jax.nn.sigmoid, "remoe": jax.nn.relu}
-SCORES |= {"base": jax.nn.sigmoid, "sinkhorn": jax.nn.sigmoid}
+def shares_by_code(logits_TE: jax.Array) -> jax.Array:
+    """DSelect-k's for 4 experts: two selectors of two bits, and the selectors' logits."""
+    extra_TX = jnp.dot(logits_TE, MIX_EX[:, :6])
+    bit_T4 = smooth_step(extra_TX[:, :4], 1.0)
+    selector_T2 = jax.nn.softmax(extra_TX[:, 4:])
+    total_TE = jnp.zeros(logits_TE.shape)
+    for i in (0, 1):
+        low_T, high_T = bit_T4[:, 2 * i], bit_T4[:, 2 * i + 1]
+        low_TE = jnp.stack([1 - low_T, low_T, 1 - low_T, low_T], 1)
+        high_TE = jnp.stack([1 - high_T, 1 - high_T, high_T, high_T], 1)
+        total_TE = total_TE + selector_T2[:, i : i + 1] * low_TE * high_TE
+    return total_TE
+
+
+SCORES = {
+    "loss_free": jax.nn.sigmoid,
+    "remoe": jax.nn.relu,
+    "base": jax.nn.sigmoid,
+    "sinkhorn": jax.nn.sigmoid,
+    "dselect_k": shares_by_code,
+}
 RENORMALISED = ("gshard_top2", "token_rounding")
+
+
+def masked_softmaxes(logits_TE: jax.Array) -> jax.Array:
+    """SparseMixer-v2's weights: of the best expert among all near it, then of the second best."""
+    rank_TE = jnp.argsort(jnp.argsort(-logits_TE, axis=1), axis=1)
+    weight_TE = jnp.zeros(logits_TE.shape)
+    for choice in (0, 1):
+        left_TE = jnp.where(rank_TE >= choice, logits_TE, -jnp.inf)
+        masked_TE = jnp.where(near_best(left_TE, 0.1), left_TE, -jnp.inf)
+        weight_TE = jnp.where(rank_TE == choice, jax.nn.softmax(masked_TE), weight_TE)
+    return weight_TE
 
 
 def formula(name: str, logits_TE: jax.Array, chosen_TE: np.ndarray) -> jax.Array:
     """The paper's weights of the chosen pairs, densely."""
+    if name == "sparsemixer2":
+        return masked_softmaxes(logits_TE)
     weight_TE = SCORES.get(name, jax.nn.softmax)(logits_TE) * chosen_TE
     if name in RENORMALISED:
         weight_TE = weight_TE / weight_TE.sum(-1, keepdims=True)
+    if name == "densemixer":  # the gradient of all of them, whoever is chosen
+        probs_TE = jax.nn.softmax(logits_TE)
+        weight_TE = probs_TE + jax.lax.stop_gradient(weight_TE - probs_TE)
     return weight_TE
 
 
@@ -174,7 +213,9 @@ def test_ties_go_to_the_lowest_index(name: str) -> None:
     if ROUTERS[name].chooses == "expert":
         chosen_TE[:6] = True
     elif name != "remoe":  # a relu of 0 chooses nobody
-        chosen_TE[:, : hyperparameters(name)["k"]] = True
+        # Codes in the middle give every expert the same share of a token.
+        k = EXPERTS if name == "dselect_k" else hyperparameters(name)["k"]
+        chosen_TE[:, :k] = True
     np.testing.assert_array_equal(np.asarray(dense_TE) > 0, chosen_TE)
 
 

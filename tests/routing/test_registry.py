@@ -33,9 +33,10 @@ def test_every_built_in_is_made_from_its_own_hyperparameters(name: str) -> None:
     router = make_router(name, options)
     assert router.spec is ROUTERS[name]
     assert router.spec.chooses in ("token", "expert", "batch") and router.spec.paper
-    state = router.init(LayerSize(3))
+    state = router.init(LayerSize(3, dim=2))
     assert (state is None) == (router.spec.init is None)
-    assert router.route(R2._replace(state=state)).scores_TE.shape == (2, 3)
+    r = R2._replace(state=state, extra_TX=jnp.zeros((2, router.columns(3))))
+    assert router.route(r).scores_TE.shape == (2, 3)
 
 
 def test_state_rule_takes_its_own_options_only() -> None:
