@@ -51,8 +51,8 @@ def dependence(options: MoeOptions, num_experts: int, *, training: bool = True) 
       num_experts: E.
       training: with a PRNG key, or as evaluation routes.
     """
-    # As many tokens in a group as there are experts, so that each can take one.
-    many = max(16, num_experts)
+    # A multiple of the experts, so that each can take as many tokens as the others.
+    many = num_experts * math.ceil(16 / num_experts)
     rows, length = (many, 4) if options.groups == "position" else (2, many)
     options = options._replace(dispatch="gather", activation="relu")
     # On a CPU, optimising what runs once is not worth it.

@@ -45,14 +45,17 @@ def router_z(stats: MoeStats) -> jax.Array:
 
 
 def own_sum(stats: MoeStats, name: str, loss: str) -> jax.Array:
-    """One of the router's own sums.
+    """A sum that only some routers provide.
 
     Raises:
-      ValueError: the router does not provide it.
+      ValueError: this router does not.
     """
     if name not in stats.own:
-        has = ", ".join(sorted(stats.own)) or "no sums"
-        raise ValueError(f"balance loss {loss!r} needs the router's sum {name!r}; it has {has}")
+        has = ", ".join(sorted(stats.own)) or "none"
+        raise ValueError(
+            f"balance.{loss} needs the router's own sum {name!r}; this router's sums: {has}; "
+            "`moejax routers` shows which router goes with it"
+        )
     return stats.own[name]
 
 
@@ -116,6 +119,36 @@ def router_entropy(stats: MoeStats) -> jax.Array:
     return own_sum(stats, "entropy", "router_entropy") / jnp.maximum(stats.tokens, 1)
 
 
+def active_l1(stats: MoeStats) -> jax.Array:
+    """sum_e (E n_e / T') (l1_e / T'): ReMoE's L1 norm, heavier for busy experts (Wang et al. 2024,
+    2412.14711, eq. 8).
+
+    With l1_e = lambda / K sum_t relu(logits): lambda times the mean over tokens of sum_e f_e relu,
+    f_e = E n_e / (K T'). The strength lambda is inside, so the loss has weight 1 in training.
+
+    Raises:
+      ValueError: a router without the sum l1_E.
+    """
+    tokens = jnp.maximum(stats.tokens, 1).astype(jnp.float32)
+    count_E = jax.lax.stop_gradient(stats.load_E.astype(jnp.float32))
+    l1_E = own_sum(stats, "l1_E", "active_l1")
+    return count_E.shape[-1] * jnp.dot(count_E / tokens, l1_E / tokens)
+
+
+def selector_entropy(stats: MoeStats) -> jax.Array:
+    """Mean over tokens of the sum over selectors of H(shares), in nats (DSelect-k, Hazimeh et al.
+    2021, 2106.03760, eq. 4); k ln E where all experts share alike, 0 once each has one expert."""
+    total = own_sum(stats, "selector_entropy", "selector_entropy")
+    return total / jnp.maximum(stats.tokens, 1)
+
+
+def selector_reach(stats: MoeStats) -> jax.Array:
+    """Mean over tokens and selectors of 1 / (share of the codes that name an expert); 1 where E is
+    a power of 2 (DSelect-k, Hazimeh et al. 2021, 2106.03760, sum over selectors there)."""
+    total = own_sum(stats, "selector_reach", "selector_reach")
+    return total / jnp.maximum(stats.tokens, 1)
+
+
 BALANCE_LOSSES: dict[str, Callable[[MoeStats], jax.Array]] = {
     "load_balance": all_choices,
     "load_balance_top1": first_choices,
@@ -126,6 +159,9 @@ BALANCE_LOSSES: dict[str, Callable[[MoeStats], jax.Array]] = {
     "load_balance_sequence": load_balance_sequence,
     "device": device,
     "communication": communication,
+    "active_l1": active_l1,
+    "selector_entropy": selector_entropy,
+    "selector_reach": selector_reach,
 }
 
 

@@ -7,7 +7,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from moejax.names import did_you_mean
-from moejax.routing import deepseek, expert_choice, hash, loss_free, noisy, quantile, token_choice
+from moejax.routing import (
+    assignment,
+    deepseek,
+    dense_gradient,
+    expert_choice,
+    hash,
+    loss_free,
+    noisy,
+    quantile,
+    remoe,
+    token_choice,
+)
 from moejax.routing.metrics import MoeStats
 from moejax.routing.spec import LayerSize, RouterSpec
 from moejax.routing.types import RouterFn
@@ -20,6 +31,9 @@ ROUTERS: dict[str, RouterSpec] = {
     **deepseek.ROUTERS,
     **hash.ROUTERS,
     **quantile.ROUTERS,
+    **remoe.ROUTERS,
+    **assignment.ROUTERS,
+    **dense_gradient.ROUTERS,
 }
 
 

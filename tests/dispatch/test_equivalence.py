@@ -75,8 +75,8 @@ class Case:
         random = np.random.default_rng(7)
         columns = self.router.columns(num_experts)
         if columns:
-            w_extra_DX = jnp.asarray(random.normal(size=(DIM, columns)), jnp.float32)
-            self.params = self.params._replace(w_extra_DX=w_extra_DX)
+            extra_DX = jnp.asarray(random.normal(size=(DIM, columns)) / 8, jnp.float32)
+            self.params = self.params._replace(w_extra_DX=extra_DX)
         # Not as it starts, so that loss_free's bias takes part.
         self.state = jax.tree.map(
             lambda a: a + random.normal(size=a.shape, scale=0.1).astype(a.dtype),
@@ -98,7 +98,10 @@ class Case:
         routing = route(self.router.route, r, self.shape[0], self.groups)
         plan = make_plan(routing, self.factor, num_groups(x_BSD.shape, self.groups))
         weight_TE = plan_TE(plan, x_TD.shape[0], self.num_experts)
-        return dense_moe(p.experts, x_TD, weight_TE, self.activation).reshape(x_BSD.shape)
+        y_TD = dense_moe(p.experts, x_TD, weight_TE, self.activation)
+        if routing.rest_TD is not None:
+            y_TD = y_TD + routing.rest_TD
+        return y_TD.reshape(x_BSD.shape)
 
     def _compare(self, p: MoeParams, x_BSD: jax.Array, valid_BS: jax.Array, key: jax.Array) -> Any:
         """name -> (y, gradients of a random projection of y by the weights and by x)."""
@@ -189,7 +192,30 @@ CASES = {
         "relu",
     ),
     "vmoe_bpr": ("vmoe", {"k": 2, "order": "bpr"}, "batch", 0.5, (2, 8), 4, "gelu"),
+    "remoe": ("remoe", {}, "batch", None, (2, 8), 4, "swiglu"),
+    "remoe_sequence": ("remoe", {"order": "k_major"}, "sequence", 0.3, (2, 8), 5, "relu"),
+    "base": ("base", {}, "sequence", None, (2, 8), 4, "swiglu"),
+    "sinkhorn": ("sinkhorn", {"k": 2}, "batch", 1.0, (3, 5), 4, "relu"),
+    "token_rounding": ("token_rounding", {"tile": 3}, "batch", None, (2, 8), 4, "swiglu"),
+    "capped": ("expert_choice_capped", {"most": 2}, "batch", None, (2, 8), 4, "relu"),
+    "sparsemixer2": ("sparsemixer2", {"epsilon": 0.5}, "batch", 1.0, (2, 8), 4, "swiglu"),
+    "densemixer": ("densemixer", {}, "batch", None, (3, 5), 4, "swiglu"),
+    "densemixer_renorm": (
+        "densemixer",
+        {"renormalise": True},
+        "sequence",
+        0.7,
+        (2, 8),
+        5,
+        "relu",
+    ),
+    "default_moe": ("default_moe", {}, "sequence", 1.0, (2, 8), 4, "swiglu"),
+    "dselect_k": ("dselect_k", {}, "batch", None, (2, 8), 5, "swiglu"),
 }
+
+
+# Routers that look at other projections instead.
+NO_LOGITS = ("dselect_k",)
 
 
 @functools.cache
@@ -228,7 +254,7 @@ def test_the_comparison_reaches_every_weight(name: str) -> None:
     found = cased(name)
     p, x_BSD, valid_BS = batch(found.params, found.shape, "float32", 0, "random", "all")
     (p_grad, x_grad), y_BSD = found.compare(p, x_BSD, valid_BS, jax.random.key(0))["dense"]
-    if name == "hash":  # its router's matrix does nothing
+    if found.router.spec.route.__name__ in NO_LOGITS:
         assert not np.any(p_grad.w_router_DE)
         p_grad = p_grad._replace(w_router_DE=None)
     for a in jax.tree.leaves((p_grad, x_grad, y_BSD)):

@@ -15,10 +15,12 @@ from moejax.routing import (
     RouterInput,
     Routing,
     combine_TE,
+    hyperparameters,
     make_router,
     moe_stats,
 )
 from moejax.routing.balance import balance_losses
+from moejax.routing.dense_gradient import near_best, smooth_step
 
 TOKENS, EXPERTS = 12, 4
 RANDOM = np.random.default_rng(0)
@@ -29,6 +31,8 @@ TOKEN_T = jnp.asarray(RANDOM.integers(0, VOCAB, TOKENS))
 SAME_E = jnp.arange(EXPERTS)
 SOME_T = jnp.asarray(RANDOM.random(TOKENS) < 0.6)
 ALL_T = jnp.ones(TOKENS, bool)
+# Some routers look at further projections of a token; here these are mixtures of its logits.
+MIX_EX = jnp.asarray(RANDOM.normal(size=(EXPERTS, 64)), jnp.float32)
 LOSSES = {"load_balance": 1.0, "load_balance_top1": 1.0, "router_z": 1.0}
 NOISY = {"importance": 1.0, "load": 1.0}
 DEVICES = {"device": 1.0, "communication": 1.0, "load_balance_sequence": 1.0}
@@ -50,7 +54,8 @@ def state_of(name: str, order_E) -> Any:
         return None
     if name == "hash":  # expert order_E[e] of the table has the new name e
         return jnp.argsort(order_E)[state]
-    return state + BIAS_E[order_E]
+    # A state of one number an expert takes part with one that is not 0.
+    return jax.tree.map(lambda a: a + BIAS_E[order_E] if a.shape == (EXPERTS,) else a, state)
 
 
 def extra_of(name: str, logits_TE):
@@ -58,6 +63,8 @@ def extra_of(name: str, logits_TE):
     columns = make_router(name).columns(EXPERTS)
     if not columns:
         return None
+    if name == "dselect_k":
+        return jnp.dot(logits_TE, MIX_EX[:, :columns])
     if name == "hierarchical":  # two primary logits, two scales of their noise, four scales
         primary_TG = 2 * logits_TE.reshape(-1, 2, 2).sum(-1)
         return jnp.concatenate([primary_TG, primary_TG, 0.7 * logits_TE], axis=1)
@@ -87,6 +94,11 @@ def run(name: str, logits_TE, valid_T, token_T=TOKEN_T, order_E=SAME_E):
     )
 
 
+# A token's number of experts is not k but a result.
+ANY_NUMBER = ("remoe", "dselect_k")
+# An expert is known by its number's bits: to rename it is to change the router.
+BY_NUMBER = ("dselect_k",)
+
 every_router = pytest.mark.parametrize("name", ROUTERS)
 
 
@@ -100,7 +112,9 @@ def test_a_routing_is_well_formed(name: str) -> None:
     assert np.all((token_N >= 0) & (token_N < TOKENS)) and np.all(expert_N[~real_N] == EXPERTS)
     pairs = list(zip(token_N[real_N], expert_N[real_N], strict=True))
     assert len(pairs) == len(set(pairs))  # a token meets an expert once
-    assert np.all(weight_N[real_N] > 0) and not np.any(weight_N[~real_N])
+    # What is computed for its gradient alone weighs nothing.
+    assert np.all((weight_N > 0)[real_N] == (np.asarray(routing.choice_N) >= 0)[real_N])
+    assert not np.any(weight_N[~real_N])
     assert np.all(np.asarray(SOME_T)[token_N[real_N]])  # padding goes nowhere
     assert not np.any(np.asarray(dense_TE)[~np.asarray(SOME_T)])
 
@@ -110,8 +124,10 @@ def test_a_routing_is_well_formed(name: str) -> None:
 def test_load_counts_every_choice_of_every_real_token(name: str, valid_T) -> None:
     routing, dense_TE, stats, _ = run(name, LOGITS_TE, valid_T)
     real = int(valid_T.sum())
-    k = routing.token_N.shape[0] // TOKENS
-    if ROUTERS[name].chooses == "expert":  # each takes C = ceil(2 x 12 / 4) = 6, or all there are
+    k = hyperparameters(name)["k"]
+    if name in ANY_NUMBER:
+        assert int(stats.load_E.sum()) <= real * EXPERTS
+    elif ROUTERS[name].chooses == "expert":  # each takes C = ceil(2 x 12 / 4) = 6, or all there are
         assert stats.load_E.tolist() == [min(6, real)] * EXPERTS
     else:
         if name == "top_p":  # as many as each token wants, which are fewer than four for some
@@ -137,7 +153,7 @@ def test_order_of_tokens_is_nothing_without_a_capacity(name: str) -> None:
         np.testing.assert_allclose(moved_losses[key], value, rtol=1e-5)
 
 
-@every_router
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name not in BY_NUMBER])
 def test_names_of_experts_are_nothing(name: str) -> None:
     # Groups of experts are neighbours: names move within them.
     order_E = np.array([1, 0, 3, 2] if name == "hierarchical" else [2, 0, 3, 1])
@@ -170,19 +186,56 @@ def test_padding_changes_nothing_whatever_it_holds(name: str) -> None:
             np.testing.assert_allclose(alone_losses[key], value, rtol=1e-5)
 
 
-SIGMOID = ("loss_free", "deepseek_v3", "quantile_balancing")
+SIGMOID = ("loss_free", "deepseek_v3", "quantile_balancing", "base", "sinkhorn")
+RENORMALISED = ("gshard_top2", "noisy_topk", "deepseek_v3", "token_rounding")
+
+
+def shares_by_code(logits_TE: jax.Array) -> jax.Array:
+    """DSelect-k's for 4 experts: two selectors of two bits, and the selectors' logits."""
+    extra_TX = jnp.dot(logits_TE, MIX_EX[:, :6])
+    bit_T4 = smooth_step(extra_TX[:, :4], 1.0)
+    selector_T2 = jax.nn.softmax(extra_TX[:, 4:])
+    total_TE = jnp.zeros(logits_TE.shape)
+    for i in (0, 1):
+        low_T, high_T = bit_T4[:, 2 * i], bit_T4[:, 2 * i + 1]
+        low_TE = jnp.stack([1 - low_T, low_T, 1 - low_T, low_T], 1)
+        high_TE = jnp.stack([1 - high_T, 1 - high_T, high_T, high_T], 1)
+        total_TE = total_TE + selector_T2[:, i : i + 1] * low_TE * high_TE
+    return total_TE
+
+
+SCORES = {
+    **dict.fromkeys(SIGMOID, jax.nn.sigmoid),
+    "remoe": jax.nn.relu,
+    "dselect_k": shares_by_code,
+}
+
+
+def masked_softmaxes(logits_TE: jax.Array) -> jax.Array:
+    """SparseMixer-v2's weights: of the best expert among all near it, then of the second best."""
+    rank_TE = jnp.argsort(jnp.argsort(-logits_TE, axis=1), axis=1)
+    weight_TE = jnp.zeros(logits_TE.shape)
+    for choice in (0, 1):
+        left_TE = jnp.where(rank_TE >= choice, logits_TE, -jnp.inf)
+        masked_TE = jnp.where(near_best(left_TE, 0.1), left_TE, -jnp.inf)
+        weight_TE = jnp.where(rank_TE == choice, jax.nn.softmax(masked_TE), weight_TE)
+    return weight_TE
 
 
 def formula(name: str, logits_TE: jax.Array, chosen_TE: np.ndarray) -> jax.Array:
     """The paper's weights of the chosen pairs, densely."""
     if name == "hash":
         return jnp.asarray(chosen_TE, jnp.float32) + 0 * logits_TE
-    score = jax.nn.sigmoid if name in SIGMOID else jax.nn.softmax
-    weight_TE = score(logits_TE) * chosen_TE
-    if name in ("gshard_top2", "noisy_topk", "deepseek_v3"):
+    if name == "sparsemixer2":
+        return masked_softmaxes(logits_TE)
+    weight_TE = SCORES.get(name, jax.nn.softmax)(logits_TE) * chosen_TE
+    if name in RENORMALISED:
         weight_TE = weight_TE / weight_TE.sum(-1, keepdims=True)
     if name == "deepseek_v3":
         weight_TE = 2.5 * weight_TE
+    if name == "densemixer":  # the gradient of all of them, whoever is chosen
+        probs_TE = jax.nn.softmax(logits_TE)
+        weight_TE = probs_TE + jax.lax.stop_gradient(weight_TE - probs_TE)
     if name == "hierarchical":  # both groups of two, both experts of each
         primary_TG = jax.nn.softmax(2 * logits_TE.reshape(-1, 2, 2).sum(-1))
         inner_TGE = jax.nn.softmax(logits_TE.reshape(-1, 2, 2))
@@ -202,7 +255,7 @@ def test_weights_and_their_gradient_are_the_papers(name: str) -> None:
     def papers(logits_TE):
         return (formula(name, logits_TE, chosen_TE) * cotangent_TE).sum()
 
-    np.testing.assert_allclose(dense_TE, formula(name, LOGITS_TE, chosen_TE), rtol=1e-6)
+    np.testing.assert_allclose(dense_TE, formula(name, LOGITS_TE, chosen_TE), 1e-6, 1e-7)
     got, want = jax.grad(ours)(LOGITS_TE), jax.grad(papers)(LOGITS_TE)
     np.testing.assert_allclose(got, want, atol=1e-6)
     assert (np.abs(want).max() > 0.01) == (name != "hash")  # which learns nothing
@@ -210,12 +263,12 @@ def test_weights_and_their_gradient_are_the_papers(name: str) -> None:
 
 @every_router
 def test_scores_are_the_affinities_without_bias(name: str) -> None:
-    score_TE = formula(name, LOGITS_TE, np.ones((TOKENS, EXPERTS), bool))
-    if name == "deepseek_v3":  # its weights are 2.5 s / sum of s
-        score_TE = jax.nn.sigmoid(LOGITS_TE)
+    score_TE = SCORES.get(name, jax.nn.softmax)(LOGITS_TE)
+    if name == "hierarchical":
+        score_TE = formula(name, LOGITS_TE, np.ones((TOKENS, EXPERTS), bool))
     if name == "hash":
         score_TE = jax.nn.one_hot(state_of(name, SAME_E)[TOKEN_T], EXPERTS)
-    np.testing.assert_allclose(run(name, LOGITS_TE, ALL_T)[0].scores_TE, score_TE, rtol=1e-6)
+    np.testing.assert_allclose(run(name, LOGITS_TE, ALL_T)[0].scores_TE, score_TE, 1e-6, 1e-7)
 
 
 @every_router
@@ -229,9 +282,10 @@ def test_ties_go_to_the_lowest_index(name: str) -> None:
         chosen_TE[:6] = True
     elif name == "hash":  # it looks at the token only
         chosen_TE[np.arange(TOKENS), state_of(name, SAME_E)[TOKEN_T]] = True
-    else:
-        # Of probabilities 1/4, two reach top_p's p = .4.
-        k = 2 if name == "top_p" else routing.token_N.shape[0] // TOKENS
+    elif name != "remoe":  # a relu of 0 chooses nobody
+        # Codes in the middle give every expert the same share of a token. Of probabilities 1/4, two
+        # reach top_p's p = .4.
+        k = {"dselect_k": EXPERTS, "top_p": 2}.get(name, hyperparameters(name)["k"])
         chosen_TE[:, :k] = True
     np.testing.assert_array_equal(np.asarray(dense_TE) > 0, chosen_TE)
 

@@ -38,7 +38,7 @@ def test_every_built_in_is_made_from_its_own_hyperparameters(name: str) -> None:
     assert "k" in options
     router = make_router(name, options)
     assert router.spec is ROUTERS[name]
-    assert router.spec.chooses in ("token", "expert") and router.spec.paper
+    assert router.spec.chooses in ("token", "expert", "batch") and router.spec.paper
     state = router.init(SIZE)
     assert (state is None) == (router.spec.init is None)
     r = R2._replace(state=state, extra_TX=jnp.zeros((2, router.columns(4))))
