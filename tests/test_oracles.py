@@ -7,12 +7,9 @@ from tests.oracle import FOLDER, load
 
 # 'file/case' = nothing of it is tested; 'file/case.key' = the other expected values are.
 NOT_YET = (
-    "balance_losses/vmoe_losses.importance",
-    "balance_losses/vmoe_losses.load",
     "bias_updates/quantile_balancing",
     "bias_updates/sign_step_with_and_without_centring.centred_E",
     "collectives/jax_ragged_all_to_all_2",
-    "loss_definitions/importance_cv2_unbiased",
     "loss_definitions/relu_l1",
     # Utilisation by percentile is not a metric of this library (max_vio is its maximum less 1).
     "metrics/automodel_uniform.utilisation_p25",
