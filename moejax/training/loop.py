@@ -1,6 +1,7 @@
 """The loop: data, step, log, evaluate, save. Everything interesting is in `step.py`."""
 
 import contextlib
+import functools
 import json
 import resource
 import signal
@@ -17,13 +18,15 @@ import jax
 from moejax.config import Config
 from moejax.data import TextDataset, open_dataset
 from moejax.sharding import check_batch, make_mesh
-from moejax.training.checkpoint import Checkpoints, check_claim, claim
+from moejax.training.checkpoint import Checkpoints, check_claim, claim, has_checkpoint
 from moejax.training.evaluate import evaluate
 from moejax.training.hardware import device_name, peak_flops
 from moejax.training.meter import Meter
 from moejax.training.optimizer import make_schedule
 from moejax.training.program import Program, build_program
 from moejax.training.records import Progress, Records, read_records
+from moejax.training.state import TrainState
+from moejax.training.upcycle import check_upcycle, dense_config, load_dense, upcycle_state
 
 
 class Stopped(Exception):
@@ -50,6 +53,8 @@ def train(
     make_schedule(config.optimizer, config.train.steps)
     check_batch(config.data.batch // config.train.accumulation, make_mesh(config.mesh))
     check_claim(workdir, config)
+    if config.train.upcycle and not has_checkpoint(workdir):
+        check_upcycle(dense_config(Path(config.train.upcycle)), config)
     dataset = open_dataset(config.data, progress=not quiet)
     check_same_data(workdir, dataset)
     program = build_program(config, dataset.vocab_size, len(dataset.domains))
@@ -79,7 +84,7 @@ class _Run:
         self.checkpoints = Checkpoints(workdir, config.train.keep)
         saved: dict[str, Any] = {"bpb": None, "meter": {}}
         if self.checkpoints.latest is None:
-            self.state = program.init(config.train.seed, dataset.count_V)
+            self.state = self.first_state()
         else:
             self.state, saved = self.checkpoints.restore(program.abstract_state)
             progress.say(f"resumed from step {int(self.state.step)}")
@@ -89,6 +94,24 @@ class _Run:
         self.meter = Meter(tokens, tokens * program.size.flops, peak_flops(), saved["meter"])
         self.schedule = make_schedule(config.optimizer, config.train.steps)
         _write_json(workdir / "run.json", provenance(config, dataset, program))
+
+    def first_state(self) -> TrainState:
+        """At step 0, or as the dense run that `train.upcycle` names left it."""
+        config, program = self.config, self.program
+        fresh = program.init(config.train.seed, self.dataset.count_V)
+        if not config.train.upcycle:
+            return fresh
+        workdir = Path(config.train.upcycle)
+        dense, old = load_dense(workdir, self.dataset.vocab_size, program.mesh)
+        self.progress.say(f"experts from step {int(dense.step)} of {workdir}")
+        if config.train.upcycle_step and int(dense.step) >= config.train.steps:
+            raise ValueError(
+                f"train.upcycle_step: the dense run is at step {int(dense.step)} already; raise "
+                f"train.steps={config.train.steps}"
+            )
+        where = jax.tree.map(lambda a: a.sharding, program.abstract_state)
+        make = functools.partial(upcycle_state, old=old, new=config)
+        return jax.jit(make, out_shardings=where)(dense, fresh)
 
     def loop(self, interrupted: list[int]) -> None:
         every, last = self.config.train, self.config.train.steps
