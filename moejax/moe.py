@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from moejax.dispatch import DISPATCH, Experts, make_plan, route
-from moejax.routing import MoeStats, Recorded, Router, RouterInput, moe_stats
+from moejax.routing import MoeStats, Recorded, Router, RouterInput, Routing, moe_stats
+from moejax.routing.replay import record as record_routing
 
 
 class MoeParams(NamedTuple):
@@ -41,6 +42,7 @@ def moe(
     key: jax.Array | None = None,
     state: Any = None,
     recorded: Recorded | None = None,
+    record: bool = False,
 ) -> tuple[jax.Array, MoeStats]:
     """One MoE layer.
 
@@ -52,20 +54,34 @@ def moe(
       token_BS: int32 vocabulary ids, for routers that want them.
       key: PRNG key in training; None in evaluation: no noise, no jitter.
       state: the router's state for this layer. It is read, never written.
-      recorded: another run's routing of these tokens, for the router `replay`.
+      recorded: another run's routing of these tokens, arrays [B, S, R], for the router `replay`.
+      record: put this routing into the statistics, in the same form.
 
     Returns:
       y_BSD in x's dtype, zeros where no expert worked on a token, and the layer's statistics.
     """
     x_TD, sequences = x_BSD.reshape(-1, x_BSD.shape[-1]), x_BSD.shape[0]
     r = router_input(p, x_TD, valid_BS, token_BS, key, state, options.jitter)
-    r = r._replace(recorded=recorded)
+    if recorded is not None:
+        recorded = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), recorded)
+        r = r._replace(recorded=recorded)
     routing = route(options.router.route, r, sequences, options.groups)
     plan = make_plan(routing, options.capacity_factor, num_groups(x_BSD.shape, options.groups))
     y_TD, output_ED = DISPATCH[options.dispatch](p.experts, x_TD, plan, options.activation)
     if routing.rest_TD is not None:
         y_TD = (y_TD + routing.rest_TD).astype(x_TD.dtype)
-    return y_TD.reshape(x_BSD.shape), moe_stats(r, routing, plan, output_ED, sequences)
+    stats = moe_stats(r, routing, plan, output_ED, sequences)
+    if record:
+        stats = stats._replace(recorded=_recording(routing, options.router, x_BSD.shape))
+    return y_TD.reshape(x_BSD.shape), stats
+
+
+def _recording(routing: Routing, router: Router, shape: tuple[int, ...]) -> Recorded:
+    """The routing by token, [B, S, R]; R = K where each token makes K choices, else E."""
+    tokens = shape[0] * shape[1]
+    by_token = router.spec is not None and router.spec.chooses == "token"
+    kept = record_routing(routing, tokens, routing.token_N.shape[0] // tokens if by_token else 0)
+    return jax.tree.map(lambda a: a.reshape(*shape[:2], -1), kept)
 
 
 def router_input(

@@ -224,6 +224,9 @@ class TrainConfig:
         Read at the first start only: see `moejax.training.upcycle`.
       upcycle_optimizer: carry its optimizer's moments too.
       upcycle_step: go on at its step, in the schedule and the data, instead of at step 0.
+      record_routing: write every training step's routing into WORKDIR/routing.
+      replay: the working directory of a run that did; the router `replay` follows its routing, on
+        its rows in its order.
     """
 
     steps: int = 200
@@ -238,6 +241,8 @@ class TrainConfig:
     upcycle: str = ""
     upcycle_optimizer: bool = False
     upcycle_step: bool = False
+    record_routing: bool = False
+    replay: str = ""
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulation", "log_every", "keep"):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from moejax.names import did_you_mean
-from moejax.routing import expert_choice, token_choice
+from moejax.routing import expert_choice, replay, token_choice
 from moejax.routing.metrics import MoeStats
 from moejax.routing.spec import LayerSize, RouterSpec
 from moejax.routing.types import RouterFn
@@ -15,6 +15,7 @@ from moejax.routing.types import RouterFn
 ROUTERS: dict[str, RouterSpec] = {
     **token_choice.ROUTERS,
     **expert_choice.ROUTERS,
+    **replay.ROUTERS,
 }
 
 

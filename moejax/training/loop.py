@@ -17,6 +17,7 @@ import jax
 
 from moejax.config import Config
 from moejax.data import TextDataset, open_dataset
+from moejax.data.dataset import process_share
 from moejax.sharding import check_batch, make_mesh
 from moejax.training.checkpoint import Checkpoints, check_claim, claim, has_checkpoint
 from moejax.training.evaluate import evaluate
@@ -24,6 +25,7 @@ from moejax.training.hardware import device_name, peak_flops
 from moejax.training.meter import Meter
 from moejax.training.optimizer import make_schedule
 from moejax.training.program import Program, build_program
+from moejax.training.recording import Recorder, Recording
 from moejax.training.records import Progress, Records, read_records
 from moejax.training.state import TrainState
 from moejax.training.upcycle import check_upcycle, dense_config, load_dense, upcycle_state
@@ -55,11 +57,15 @@ def train(
     check_claim(workdir, config)
     if config.train.upcycle and not has_checkpoint(workdir):
         check_upcycle(dense_config(Path(config.train.upcycle)), config)
+    recording = open_recording(config)
     dataset = open_dataset(config.data, progress=not quiet)
     check_same_data(workdir, dataset)
-    program = build_program(config, dataset.vocab_size, len(dataset.domains))
+    if recording is not None:
+        recording.check_text(dataset.fingerprint)
+    width = 0 if recording is None else recording.width
+    program = build_program(config, dataset.vocab_size, len(dataset.domains), None, width)
     claim(workdir, config)  # only now: a config that does not fit the machine leaves nothing behind
-    run = _Run(config, workdir, dataset, program, progress)
+    run = _Run(config, workdir, dataset, program, progress, recording)
     try:
         with _interruptible() as interrupted:
             run.loop(interrupted)
@@ -78,6 +84,7 @@ class _Run:
         dataset: TextDataset,
         program: Program,
         progress: Progress,
+        recording: Recording | None = None,
     ) -> None:
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.program, self.progress = program, progress
@@ -90,6 +97,13 @@ class _Run:
             progress.say(f"resumed from step {int(self.state.step)}")
         self.bpb: float | None = saved["bpb"]
         self.records = Records(workdir, int(self.state.step))
+        # A replayed run reads the recorded run's rows; all else of it has its own seed.
+        self.recording = recording
+        self.seed = config.train.seed if recording is None else recording.seed
+        self.recorder = None
+        if config.train.record_routing:
+            text, step = dataset.fingerprint, int(self.state.step)
+            self.recorder = Recorder(workdir, config, self.seed, text, step)
         tokens = config.data.batch * config.data.sequence
         self.meter = Meter(tokens, tokens * program.size.flops, peak_flops(), saved["meter"])
         self.schedule = make_schedule(config.optimizer, config.train.steps)
@@ -118,12 +132,17 @@ class _Run:
         first = int(self.state.step) + 1
         batches = self.dataset.train_batches(
             int(self.state.position),
-            seed=every.seed,
+            seed=self.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        rows = process_share(self.config.data.batch, jax.process_index(), jax.process_count())
         for step, (batch, position) in zip(range(first, last + 1), batches, strict=False):
+            if self.recording is not None:
+                batch = batch._replace(recorded=self.recording.step(step, position, rows))
             self.state, metrics = self.program.train_step(self.state, self.program.put(batch))
+            if self.recorder is not None:
+                self.recorder.add(step, position, metrics.pop("recorded"))
             self.log(self.meter.push(step, position, metrics))
             if _due(step, every.eval_every, last):
                 self.evaluate(step)
@@ -155,6 +174,8 @@ class _Run:
 
     def save(self) -> None:
         self.log(self.meter.flush())  # a loss that is not finite stops here, before it is saved
+        if self.recorder is not None:
+            self.recorder.flush()
         progress = {"bpb": self.bpb, "meter": self.meter.carried()}
         self.checkpoints.save(self.state, progress, self.bpb)
 
@@ -178,6 +199,23 @@ class _Run:
         }
         _write_json(self.workdir / "summary.json", summary)
         return summary
+
+
+def open_recording(config: Config) -> Recording | None:
+    """The routing that `train.replay` names; None for most runs.
+
+    Raises:
+      ValueError: the router `replay` without a recording, or one that does not fit the config.
+    """
+    if not config.train.replay:
+        if config.moe.experts and config.router.name == "replay":
+            raise ValueError(
+                "router.name='replay' needs train.replay, the folder of a recorded run"
+            )
+        return None
+    recording = Recording(Path(config.train.replay))
+    recording.check(config)
+    return recording
 
 
 def check_same_data(workdir: Path, dataset: TextDataset) -> None:

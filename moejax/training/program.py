@@ -15,8 +15,10 @@ from jax.sharding import Mesh, NamedSharding
 from moejax.config import Config, TrainConfig
 from moejax.data import Batch, DataConfig
 from moejax.model.size import Size, model_size
+from moejax.routing import Recorded
 from moejax.sharding import batch_sharding, check_batch, make_mesh
 from moejax.training.optimizer import make_optimizer
+from moejax.training.recording import index_dtype
 from moejax.training.state import TrainState, init_state, make_graph, shardings
 from moejax.training.step import EvalSums, eval_step, train_step
 
@@ -55,8 +57,11 @@ def build_program(
     vocab_size: int,
     num_domains: int,
     devices: tuple[jax.Device, ...] | None = None,
+    width: int = 0,
 ) -> Program:
     """The compiled program of a config, on the given devices (default: all).
+
+    `width`: R of the recorded routing that batches bring; 0 = they bring none.
 
     Raises:
       ValueError: the mesh does not fit the devices, the batch or a weight.
@@ -66,14 +71,18 @@ def build_program(
     compiled_in = dataclasses.replace(
         config,
         data=DataConfig(sequence=data.sequence, batch=data.batch),
-        train=TrainConfig(steps=train.steps, accumulation=train.accumulation),
+        train=TrainConfig(
+            steps=train.steps,
+            accumulation=train.accumulation,
+            record_routing=train.record_routing,
+        ),
     )
-    return _build(compiled_in, vocab_size, num_domains, devices or tuple(jax.devices()))
+    return _build(compiled_in, vocab_size, num_domains, devices or tuple(jax.devices()), width)
 
 
 @functools.lru_cache(maxsize=16)
 def _build(
-    config: Config, vocab_size: int, num_domains: int, devices: tuple[jax.Device, ...]
+    config: Config, vocab_size: int, num_domains: int, devices: tuple[jax.Device, ...], width: int
 ) -> Program:
     mesh = make_mesh(config.mesh, list(devices))
     check_batch(config.data.batch // config.train.accumulation, mesh)
@@ -90,7 +99,7 @@ def _build(
     start = time.perf_counter()
     compiled = (
         jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-        .lower(abstract, _abstract_batch(config, batch_sharding(mesh)))
+        .lower(abstract, _abstract_batch(config, batch_sharding(mesh), width))
         .compile()
     )
     evaluation, as_trained = _evaluations(config)
@@ -125,11 +134,16 @@ def _evaluations(config: Config) -> tuple[Config, Config | None]:
     return evaluation, dataclasses.replace(config, moe=as_trained)
 
 
-def _abstract_batch(config: Config, sharding: NamedSharding) -> Batch:
+def _abstract_batch(config: Config, sharding: NamedSharding, width: int = 0) -> Batch:
     rows, sequence = config.data.batch, config.data.sequence
 
     def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     tokens = array((rows, sequence))
-    return Batch(tokens, tokens, tokens, tokens, array((rows, sequence), np.bool_), array((rows,)))
+    batch = Batch(tokens, tokens, tokens, tokens, array((rows, sequence), np.bool_), array((rows,)))
+    if width:
+        shape = (rows, config.moe_layers, sequence, width)
+        expert = array(shape, index_dtype(config.moe.experts))
+        batch = batch._replace(recorded=Recorded(expert, array(shape, np.float32)))
+    return batch

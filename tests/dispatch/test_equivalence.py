@@ -134,6 +134,15 @@ CASES = {
         4,
         "relu",
     ),
+    "replay": (
+        "replay",
+        {"k": 3, "weight": "softmax_renorm", "order": "token_major"},
+        "sequence",
+        0.7,
+        (2, 8),
+        4,
+        "swiglu",
+    ),
 }
 
 
