@@ -70,10 +70,11 @@ def moe(
     y_TD, output_ED = DISPATCH[options.dispatch](p.experts, x_TD, plan, options.activation)
     if routing.rest_TD is not None:
         y_TD = (y_TD + routing.rest_TD).astype(x_TD.dtype)
+    y_BSD = y_TD.reshape(x_BSD.shape)
     stats = moe_stats(r, routing, plan, output_ED, sequences)
     if record:
         stats = stats._replace(recorded=_recording(routing, options.router, x_BSD.shape))
-    return y_TD.reshape(x_BSD.shape), stats
+    return y_BSD, stats
 
 
 def _recording(routing: Routing, router: Router, shape: tuple[int, ...]) -> Recorded:

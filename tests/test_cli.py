@@ -315,6 +315,28 @@ def test_train_upcycles_a_dense_run(moejax, experiment, out, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_train_records_a_routing_and_replays_it(moejax, experiment, tmp_path):
+    replaying = experiment.with_name("replaying.py")
+    router = '"router.name": "replay", "router.weight": "softmax"'
+    replaying.write_text(EXPERIMENT.replace('"router.name": "switch"', router))
+    record = "--config.train.record_routing=True"
+    code, _, err = moejax("train", experiment, f"--workdir={tmp_path}/a", record)
+    assert code == 0, err
+    flag = f"--config.train.replay={tmp_path}/a"
+    code, _, err = moejax("train", replaying, f"--workdir={tmp_path}/b", flag)
+    assert code == 0, err
+    first, second = (
+        [r["loss"] for r in read_records(tmp_path / run / "metrics.jsonl") if r["kind"] == "train"]
+        for run in ("a", "b")
+    )
+    assert first == second
+    answer = moejax("train", replaying, f"--workdir={tmp_path}/no", f"{flag}/none")
+    assert_refused(answer, "holds no recorded routing")
+    answer = moejax("train", replaying, f"--workdir={tmp_path}/no", flag, "--config.moe.experts=8")
+    assert_refused(answer, "recorded with moe.experts=4, this run has 8")
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_run_that_diverges_exits_with_1_and_keeps_what_was_saved(moejax, experiment, tmp_path):
     """The first update has rate 0; the second one makes the weights huge, the third step fails."""
     changes = {"optimizer.learning_rate": 1e30, "optimizer.clip": 0.0, "moe.experts": 0}

@@ -7,7 +7,7 @@ token is a target in exactly one window. The last window of a domain is padded w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,7 +28,6 @@ class Batch(NamedTuple):
     token,
       which nothing before it predicts. A separator as a target counts: it ends a document.
     domain_B: int32, index into TextDataset.domains; -1 for a row that is padding.
-    recorded: what a trainer lays beside the rows, arrays with the axis B first; None here.
     """
 
     tokens_BS: np.ndarray
@@ -37,7 +36,6 @@ class Batch(NamedTuple):
     position_BS: np.ndarray
     valid_BS: np.ndarray
     domain_B: np.ndarray
-    recorded: Any = None
 
 
 class Windows:

@@ -25,7 +25,7 @@ from moejax.training.hardware import device_name, peak_flops
 from moejax.training.meter import Meter
 from moejax.training.optimizer import make_schedule
 from moejax.training.program import Program, build_program
-from moejax.training.recording import Recorder, Recording
+from moejax.training.recording import Recorder, Recording, ReplayBatch
 from moejax.training.records import Progress, Records, read_records
 from moejax.training.state import TrainState
 from moejax.training.upcycle import check_upcycle, dense_config, load_dense, upcycle_state
@@ -138,9 +138,10 @@ class _Run:
         )
         rows = process_share(self.config.data.batch, jax.process_index(), jax.process_count())
         for step, (batch, position) in zip(range(first, last + 1), batches, strict=False):
+            given: Any = batch
             if self.recording is not None:
-                batch = batch._replace(recorded=self.recording.step(step, position, rows))
-            self.state, metrics = self.program.train_step(self.state, self.program.put(batch))
+                given = ReplayBatch(*batch, self.recording.step(step, position, rows))
+            self.state, metrics = self.program.train_step(self.state, self.program.put(given))
             if self.recorder is not None:
                 self.recorder.add(step, position, metrics.pop("recorded"))
             self.log(self.meter.push(step, position, metrics))

@@ -18,7 +18,7 @@ from moejax.model.size import Size, model_size
 from moejax.routing import Recorded
 from moejax.sharding import batch_sharding, check_batch, make_mesh
 from moejax.training.optimizer import make_optimizer
-from moejax.training.recording import index_dtype
+from moejax.training.recording import ReplayBatch, index_dtype
 from moejax.training.state import TrainState, init_state, make_graph, shardings
 from moejax.training.step import EvalSums, eval_step, train_step
 
@@ -134,7 +134,7 @@ def _evaluations(config: Config) -> tuple[Config, Config | None]:
     return evaluation, dataclasses.replace(config, moe=as_trained)
 
 
-def _abstract_batch(config: Config, sharding: NamedSharding, width: int = 0) -> Batch:
+def _abstract_batch(config: Config, sharding: NamedSharding, width: int) -> Batch | ReplayBatch:
     rows, sequence = config.data.batch, config.data.sequence
 
     def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
@@ -145,5 +145,5 @@ def _abstract_batch(config: Config, sharding: NamedSharding, width: int = 0) -> 
     if width:
         shape = (rows, config.moe_layers, sequence, width)
         expert = array(shape, index_dtype(config.moe.experts))
-        batch = batch._replace(recorded=Recorded(expert, array(shape, np.float32)))
+        return ReplayBatch(*batch, Recorded(expert, array(shape, np.float32)))
     return batch

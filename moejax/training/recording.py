@@ -7,7 +7,7 @@ each step's rows end. meta.json says what a run must share to be given them.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +16,21 @@ from moejax.config import Config
 from moejax.routing import Recorded
 
 STEPS_A_FILE = 16
+
+
+class ReplayBatch(NamedTuple):
+    """A `Batch` with another run's routing of its rows, so that whatever cuts rows cuts both.
+
+    recorded: arrays [B, L, S, R].
+    """
+
+    tokens_BS: Any
+    targets_BS: Any
+    segment_BS: Any
+    position_BS: Any
+    valid_BS: Any
+    domain_B: Any
+    recorded: Recorded
 
 
 def index_dtype(num_experts: int) -> Any:

@@ -33,7 +33,7 @@ def forward(
     record: bool = False,
 ) -> tuple[jax.Array, MoeStats | None]:
     """Cross entropy of each token in nats, nll_BS (0 where not valid), and the routing
-    statistics. A recorded routing lies in the batch row by row, [B, L, S, R]."""
+    statistics. A `ReplayBatch` brings the routing that the router `replay` follows."""
     logits_BSV, stats = nnx.merge(graph, params)(
         batch.tokens_BS,
         segment_BS=batch.segment_BS,
@@ -41,7 +41,7 @@ def forward(
         valid_BS=batch.valid_BS,
         key=key,
         router_state=router_state,
-        recorded=jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), batch.recorded),
+        recorded=jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), getattr(batch, "recorded", None)),
         record=record,
     )
     nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch.targets_BS)
