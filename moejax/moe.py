@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from moejax.dispatch import Bounds, Experts, make_plan, route, run_experts
 from moejax.routing import MoeStats, Recorded, Router, RouterInput, Routing, moe_stats
+from moejax.routing.replay import record as record_routing
 
 
 class MoeParams(NamedTuple):
@@ -47,6 +48,7 @@ def moe(
     key: jax.Array | None = None,
     state: Any = None,
     recorded: Recorded | None = None,
+    record: bool = False,
 ) -> tuple[jax.Array, MoeStats]:
     """One MoE layer.
 
@@ -58,23 +60,37 @@ def moe(
       token_BS: int32 vocabulary ids, for routers that want them.
       key: PRNG key in training; None in evaluation: no noise, no jitter.
       state: the router's state for this layer. It is read, never written.
-      recorded: another run's routing of these tokens, for the router `replay`.
+      recorded: another run's routing of these tokens, arrays [B, S, R], for the router `replay`.
+      record: put this routing into the statistics, in the same form.
 
     Returns:
       y_BSD in x's dtype, zeros where no expert worked on a token, and the layer's statistics.
     """
     x_TD, sequences = x_BSD.reshape(-1, x_BSD.shape[-1]), x_BSD.shape[0]
     r = router_input(p, x_TD, valid_BS, token_BS, key, state, options.jitter)
-    r = r._replace(recorded=recorded)
+    if recorded is not None:
+        recorded = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), recorded)
+        r = r._replace(recorded=recorded)
     routing = route(options.router.route, r, sequences, options.groups)
     plan = make_plan(routing, options.capacity_factor, num_groups(x_BSD.shape, options.groups))
-    bounds = Bounds(options.per_token(routing), local_slots=options.groups == "sequence")
+    most = options.per_token(routing)
+    bounds = Bounds(most, local_slots=options.groups == "sequence")
     y_TD, output_ED = run_experts(
         options.dispatch, p.experts, x_TD, plan, options.activation, bounds
     )
     if routing.rest_TD is not None:
         y_TD = (y_TD + routing.rest_TD).astype(x_TD.dtype)
-    return y_TD.reshape(x_BSD.shape), moe_stats(r, routing, plan, output_ED, sequences)
+    y_BSD = y_TD.reshape(x_BSD.shape)
+    stats = moe_stats(r, routing, plan, output_ED, sequences)
+    if record:
+        stats = stats._replace(recorded=_recording(routing, x_BSD.shape, most))
+    return y_BSD, stats
+
+
+def _recording(routing: Routing, shape: tuple[int, ...], most: int) -> Recorded:
+    """The routing by token, [B, S, R], R = `most`."""
+    kept = record_routing(routing, shape[0] * shape[1], most)
+    return jax.tree.map(lambda a: a.reshape(*shape[:2], -1), kept)
 
 
 def router_input(

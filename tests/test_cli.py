@@ -292,6 +292,51 @@ def test_evaluate_prints_the_runs_own_bits_per_byte(moejax, out):
     assert tiny.snapshot(run) == before
 
 
+def test_train_upcycles_a_dense_run(moejax, experiment, out, tmp_path):
+    """The first update has rate 0: the evaluation after it is the dense model's last one."""
+    renormalised = experiment.with_name("topk.py")
+    topk = '"router.name": "topk", "router.renormalise": True'
+    renormalised.write_text(EXPERIMENT.replace('"router.name": "switch"', topk))
+    dense = out / "dense/seed0"
+    flags = [f"--config.train.upcycle={dense}", "--config.train.eval_every=1"]
+    code, _, err = moejax("train", renormalised, f"--workdir={tmp_path}/run", *flags)
+    assert code == 0, err
+    assert f"experts from step 4 of {dense}" in err
+    first = next(r for r in read_records(tmp_path / "run/metrics.jsonl") if r["kind"] == "eval")
+    bpb = json.loads((dense / "summary.json").read_text())["bpb"]
+    assert (first["step"], first["bpb"]) == (1, pytest.approx(bpb, rel=1e-5))
+    for flag, words in (
+        (f"--config.train.upcycle={tmp_path}/none", "holds no run: there is no config.json"),
+        (f"--config.train.upcycle={out}/switch/seed0", "has no dense feed-forward network"),
+        ("--config.train.upcycle_optimizer=True", "needs train.upcycle"),
+    ):
+        answer = moejax("train", renormalised, f"--workdir={tmp_path}/no", flag)
+        assert_refused(answer, words)
+    assert not (tmp_path / "no").exists()
+
+
+def test_train_records_a_routing_and_replays_it(moejax, experiment, tmp_path):
+    replaying = experiment.with_name("replaying.py")
+    router = '"router.name": "replay", "router.weight": "softmax"'
+    replaying.write_text(EXPERIMENT.replace('"router.name": "switch"', router))
+    record = "--config.train.record_routing=True"
+    code, _, err = moejax("train", experiment, f"--workdir={tmp_path}/a", record)
+    assert code == 0, err
+    flag = f"--config.train.replay={tmp_path}/a"
+    code, _, err = moejax("train", replaying, f"--workdir={tmp_path}/b", flag)
+    assert code == 0, err
+    first, second = (
+        [r["loss"] for r in read_records(tmp_path / run / "metrics.jsonl") if r["kind"] == "train"]
+        for run in ("a", "b")
+    )
+    assert first == second
+    answer = moejax("train", replaying, f"--workdir={tmp_path}/no", f"{flag}/none")
+    assert_refused(answer, "holds no recorded routing")
+    answer = moejax("train", replaying, f"--workdir={tmp_path}/no", flag, "--config.moe.experts=8")
+    assert_refused(answer, "recorded with moe.experts=4, this run has 8")
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_run_that_diverges_exits_with_1_and_keeps_what_was_saved(moejax, experiment, tmp_path):
     """The first update has rate 0; the second one makes the weights huge, the third step fails."""
     changes = {"optimizer.learning_rate": 1e30, "optimizer.clip": 0.0, "moe.experts": 0}

@@ -7,7 +7,6 @@ from tests.oracle import FOLDER, load
 
 # 'file/case' = nothing of it is tested; 'file/case.key' = the other expected values are.
 NOT_YET = (
-    "loss_definitions/importance_cv2_unbiased",
     # Utilisation by percentile is not a metric of this library (max_vio is its maximum less 1).
     "metrics/automodel_uniform.utilisation_p25",
     "metrics/automodel_uniform.utilisation_p75",

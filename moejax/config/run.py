@@ -65,6 +65,14 @@ class Config:
             batch % parts == 0,
             f"data.batch={batch} is not divisible by train.accumulation={parts}",
         )
+        require(
+            bool(self.moe.experts) or not self.train.record_routing,
+            "train.record_routing=True, but moe.experts=0 routes nothing",
+        )
+        require(
+            not self.train.replay or callable(self.router.name) or self.router.name == "replay",
+            f"train.replay is for router.name='replay', not {self.router.label!r}",
+        )
         if self.moe.experts:
             self._check_moe()
 

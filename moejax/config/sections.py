@@ -220,6 +220,13 @@ class TrainConfig:
       keep: checkpoints kept, besides the best one by validation bits per byte.
       collapse_share: the alarm: warn when one expert gets this share of its layer's tokens in three
         logged steps in a row.
+      upcycle: the working directory of a dense run whose weights this one starts from; '' = none.
+        Read at the first start only: see `moejax.training.upcycle`.
+      upcycle_optimizer: carry its optimizer's moments too.
+      upcycle_step: go on at its step, in the schedule and the data, instead of at step 0.
+      record_routing: write every training step's routing into WORKDIR/routing.
+      replay: the working directory of a run that did; the router `replay` follows its routing, on
+        its rows in its order.
     """
 
     steps: int = 200
@@ -231,6 +238,11 @@ class TrainConfig:
     checkpoint_every: int = 100
     keep: int = 2
     collapse_share: float = 0.9
+    upcycle: str = ""
+    upcycle_optimizer: bool = False
+    upcycle_step: bool = False
+    record_routing: bool = False
+    replay: str = ""
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulation", "log_every", "keep"):
@@ -239,6 +251,11 @@ class TrainConfig:
         for name in ("eval_every", "checkpoint_every", "eval_rows", "seed"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}={value} must not be negative")
+        for name in ("upcycle_optimizer", "upcycle_step"):
+            require(
+                bool(self.upcycle) or not getattr(self, name),
+                f"train.{name} needs train.upcycle, the working directory of a dense run",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

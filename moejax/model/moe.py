@@ -81,6 +81,7 @@ class MoE(nnx.Module):
         key: jax.Array | None = None,
         state: Any = None,
         recorded: Recorded | None = None,
+        record: bool = False,
     ) -> tuple[jax.Array, MoeStats]:
         """y_BSD in x's dtype and this layer's `MoeStats`; the arguments are those of
         `moejax.moe.moe`."""
@@ -102,6 +103,7 @@ class MoE(nnx.Module):
             key=key,
             state=state,
             recorded=recorded,
+            record=record,
         )
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(x_BSD.astype(self.dtype))

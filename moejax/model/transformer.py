@@ -10,7 +10,7 @@ from flax import nnx
 from moejax.config import Config
 from moejax.model.layers import Attention, FeedForward, RMSNorm, attention_mask, initial
 from moejax.model.moe import MoE
-from moejax.routing import MoeStats
+from moejax.routing import MoeStats, Recorded
 from moejax.sharding import constrain
 
 
@@ -21,6 +21,7 @@ class Context(NamedTuple):
     position_BS: jax.Array
     valid_BS: jax.Array
     mask_BSS: jax.Array
+    record: bool = False
 
 
 class Block(nnx.Module):
@@ -42,7 +43,12 @@ class Block(nnx.Module):
             self.feed_forward = FeedForward(model, model.ffn, rngs)
 
     def __call__(
-        self, x_BSD: jax.Array, context: Context, key: jax.Array | None, state: Any
+        self,
+        x_BSD: jax.Array,
+        context: Context,
+        key: jax.Array | None,
+        state: Any,
+        recorded: Recorded | None = None,
     ) -> tuple[jax.Array, MoeStats | None]:
         normed_BSD = self.attention_norm(x_BSD)
         x_BSD = x_BSD + self.attention(normed_BSD, context.mask_BSS, context.position_BS)
@@ -50,7 +56,13 @@ class Block(nnx.Module):
         if isinstance(self.feed_forward, FeedForward):
             return x_BSD + self.feed_forward(normed_BSD), None
         y_BSD, stats = self.feed_forward(
-            normed_BSD, valid_BS=context.valid_BS, token_BS=context.token_BS, key=key, state=state
+            normed_BSD,
+            valid_BS=context.valid_BS,
+            token_BS=context.token_BS,
+            key=key,
+            state=state,
+            recorded=recorded,
+            record=context.record,
         )
         return x_BSD + y_BSD, stats
 
@@ -64,11 +76,16 @@ class Unit(nnx.Module):
         )
 
     def __call__(
-        self, x_BSD: jax.Array, context: Context, key: jax.Array | None, state: Any
+        self,
+        x_BSD: jax.Array,
+        context: Context,
+        key: jax.Array | None,
+        state: Any,
+        recorded: Recorded | None = None,
     ) -> tuple[jax.Array, MoeStats | None]:
         stats = None
         for block in self.blocks:
-            x_BSD, block_stats = block(x_BSD, context, key, state)
+            x_BSD, block_stats = block(x_BSD, context, key, state, recorded)
             stats = stats if block_stats is None else block_stats
         return x_BSD, stats
 
@@ -127,6 +144,8 @@ class Transformer(nnx.Module):
         valid_BS: jax.Array | None = None,
         key: jax.Array | None = None,
         router_state: Any = None,
+        recorded: Recorded | None = None,
+        record: bool = False,
     ) -> tuple[jax.Array, MoeStats | None]:
         """Next-token logits.
 
@@ -137,21 +156,23 @@ class Transformer(nnx.Module):
           valid_BS: bool, True = a real token; None = all are.
           key: PRNG key in training, None in evaluation.
           router_state: the routers' states with a leading axis over MoE layers, or None.
+          recorded: another run's routing of these tokens, arrays [L, B, S, R] over MoE layers, for
+            the router `replay`.
+          record: put this routing into the statistics, in the same form.
 
         Returns:
           logits_BSV float32, and `MoeStats` with a leading axis over MoE layers; None if there are
           none.
         """
-        context = self._context(token_BS, segment_BS, position_BS, valid_BS)
+        context = self._context(token_BS, segment_BS, position_BS, valid_BS)._replace(record=record)
         dtype = jnp.dtype(self.config.model.dtype)
         x_BSD = constrain(self.embed_VD[...][token_BS].astype(dtype), "x_BSD")
         keys_L = None if key is None else jax.random.split(key, max(1, self.config.moe_layers))
         stats = None
         for unit, (kinds, _) in zip(self.stacks, layer_stacks(self.config), strict=True):
             routed = "moe" in kinds
-            x_BSD, unit_stats = self._scan(
-                unit, x_BSD, context, keys_L if routed else None, router_state if routed else None
-            )
+            per_layer = (keys_L, router_state, recorded) if routed else (None, None, None)
+            x_BSD, unit_stats = self._scan(unit, x_BSD, context, per_layer)
             stats = unit_stats if routed else stats
         x_BSD = self.final_norm(x_BSD)
         logits_BSV = jnp.einsum(
@@ -163,18 +184,18 @@ class Transformer(nnx.Module):
         return logits_BSV, stats
 
     def _scan(
-        self, unit: Unit, x_BSD: jax.Array, context: Context, keys_L: Any, state_L: Any
+        self, unit: Unit, x_BSD: jax.Array, context: Context, per_layer: tuple[Any, Any, Any]
     ) -> tuple[jax.Array, Any]:
         graph, params_L = nnx.split(unit)
 
         def layer(x_BSD: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
-            params, key, state = xs
-            x_BSD, stats = nnx.merge(graph, params)(x_BSD, context, key, state)
+            params, (key, state, recorded) = xs
+            x_BSD, stats = nnx.merge(graph, params)(x_BSD, context, key, state, recorded)
             return constrain(x_BSD, "x_BSD"), stats
 
         if self.config.model.remat:
             layer = jax.checkpoint(layer)
-        return jax.lax.scan(layer, x_BSD, (params_L, keys_L, state_L))
+        return jax.lax.scan(layer, x_BSD, (params_L, per_layer))
 
     def _context(
         self,

@@ -17,6 +17,7 @@ from moejax.routing import (
     noisy,
     quantile,
     remoe,
+    replay,
     token_choice,
 )
 from moejax.routing.metrics import MoeStats
@@ -34,6 +35,7 @@ ROUTERS: dict[str, RouterSpec] = {
     **remoe.ROUTERS,
     **assignment.ROUTERS,
     **dense_gradient.ROUTERS,
+    **replay.ROUTERS,
 }
 
 

@@ -123,6 +123,11 @@ class Checkpoints:
         self._manager.close()
 
 
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a run in this folder has saved anything: without it, the run starts from step 0."""
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+
+
 def check_claim(workdir: Path, config: Config) -> None:
     """Look whether a working directory is free or already this config's. Writes nothing.
 
@@ -162,6 +167,9 @@ def _check_same(path: Path, config: Config) -> None:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}); choose another --workdir") from error
     here = _flat(json.loads(json.dumps(config.to_dict(), default=_function_name)))
+    # A run older than a key has that key's default.
+    defaults = _flat(json.loads(json.dumps(Config().to_dict())))
+    there |= {key: defaults[key] for key in here if key not in there and key in defaults}
     for key in sorted({*there, *here} - _FREE):
         if there.get(key) != here.get(key):
             raise ValueError(

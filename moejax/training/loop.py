@@ -1,6 +1,7 @@
 """The loop: data, step, log, evaluate, save. Everything interesting is in `step.py`."""
 
 import contextlib
+import functools
 import json
 import resource
 import signal
@@ -16,14 +17,18 @@ import jax
 
 from moejax.config import Config
 from moejax.data import TextDataset, open_dataset
+from moejax.data.dataset import process_share
 from moejax.sharding import check_batch, make_mesh
-from moejax.training.checkpoint import Checkpoints, check_claim, claim
+from moejax.training.checkpoint import Checkpoints, check_claim, claim, has_checkpoint
 from moejax.training.evaluate import evaluate
 from moejax.training.hardware import device_name, peak_flops
 from moejax.training.meter import Meter
 from moejax.training.optimizer import make_schedule
 from moejax.training.program import Program, build_program
+from moejax.training.recording import Recorder, Recording, ReplayBatch
 from moejax.training.records import Progress, Records, read_records
+from moejax.training.state import TrainState
+from moejax.training.upcycle import check_upcycle, dense_config, load_dense, upcycle_state
 
 _LEAK = (
     "routing by {} with moe.groups={!r} lets a token's output depend on later tokens of its "
@@ -56,13 +61,19 @@ def train(
     make_schedule(config.optimizer, config.train.steps)
     check_batch(config.data.batch // config.train.accumulation, make_mesh(config.mesh))
     check_claim(workdir, config)
+    if config.train.upcycle and not has_checkpoint(workdir):
+        check_upcycle(dense_config(Path(config.train.upcycle)), config)
+    recording = open_recording(config)
     dataset = open_dataset(config.data, progress=not quiet)
     check_same_data(workdir, dataset)
-    program = build_program(config, dataset.vocab_size, len(dataset.domains))
+    if recording is not None:
+        recording.check_text(dataset.fingerprint)
+    width = 0 if recording is None else recording.width
+    program = build_program(config, dataset.vocab_size, len(dataset.domains), None, width)
     claim(workdir, config)  # only now: a config that does not fit the machine leaves nothing behind
     if config.leaks:
         progress.say(f"warning: {_LEAK.format(config.router.label, config.moe.groups)}")
-    run = _Run(config, workdir, dataset, program, progress)
+    run = _Run(config, workdir, dataset, program, progress, recording)
     try:
         with _interruptible() as interrupted:
             run.loop(interrupted)
@@ -81,34 +92,66 @@ class _Run:
         dataset: TextDataset,
         program: Program,
         progress: Progress,
+        recording: Recording | None = None,
     ) -> None:
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.program, self.progress = program, progress
         self.checkpoints = Checkpoints(workdir, config.train.keep)
         saved: dict[str, Any] = {"bpb": None, "meter": {}}
         if self.checkpoints.latest is None:
-            self.state = program.init(config.train.seed, dataset.count_V)
+            self.state = self.first_state()
         else:
             self.state, saved = self.checkpoints.restore(program.abstract_state)
             progress.say(f"resumed from step {int(self.state.step)}")
         self.bpb: float | None = saved["bpb"]
         self.records = Records(workdir, int(self.state.step))
+        # A replayed run reads the recorded run's rows; all else of it has its own seed.
+        self.recording = recording
+        self.seed = config.train.seed if recording is None else recording.seed
+        self.recorder = None
+        if config.train.record_routing:
+            text, step = dataset.fingerprint, int(self.state.step)
+            self.recorder = Recorder(workdir, config, self.seed, text, step)
         tokens = config.data.batch * config.data.sequence
         self.meter = Meter(tokens, tokens * program.size.flops, peak_flops(), saved["meter"])
         self.schedule = make_schedule(config.optimizer, config.train.steps)
         _write_json(workdir / "run.json", provenance(config, dataset, program))
+
+    def first_state(self) -> TrainState:
+        """At step 0, or as the dense run that `train.upcycle` names left it."""
+        config, program = self.config, self.program
+        fresh = program.init(config.train.seed, self.dataset.count_V)
+        if not config.train.upcycle:
+            return fresh
+        workdir = Path(config.train.upcycle)
+        dense, old = load_dense(workdir, self.dataset.vocab_size, program.mesh)
+        self.progress.say(f"experts from step {int(dense.step)} of {workdir}")
+        if config.train.upcycle_step and int(dense.step) >= config.train.steps:
+            raise ValueError(
+                f"train.upcycle_step: the dense run is at step {int(dense.step)} already; raise "
+                f"train.steps={config.train.steps}"
+            )
+        where = jax.tree.map(lambda a: a.sharding, program.abstract_state)
+        make = functools.partial(upcycle_state, old=old, new=config)
+        return jax.jit(make, out_shardings=where)(dense, fresh)
 
     def loop(self, interrupted: list[int]) -> None:
         every, last = self.config.train, self.config.train.steps
         first = int(self.state.step) + 1
         batches = self.dataset.train_batches(
             int(self.state.position),
-            seed=every.seed,
+            seed=self.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        rows = process_share(self.config.data.batch, jax.process_index(), jax.process_count())
         for step, (batch, position) in zip(range(first, last + 1), batches, strict=False):
-            self.state, metrics = self.program.train_step(self.state, self.program.put(batch))
+            given: Any = batch
+            if self.recording is not None:
+                given = ReplayBatch(*batch, self.recording.step(step, position, rows))
+            self.state, metrics = self.program.train_step(self.state, self.program.put(given))
+            if self.recorder is not None:
+                self.recorder.add(step, position, metrics.pop("recorded"))
             self.log(self.meter.push(step, position, metrics))
             if _due(step, every.eval_every, last):
                 self.evaluate(step)
@@ -140,6 +183,8 @@ class _Run:
 
     def save(self) -> None:
         self.log(self.meter.flush())  # a loss that is not finite stops here, before it is saved
+        if self.recorder is not None:
+            self.recorder.flush()
         progress = {"bpb": self.bpb, "meter": self.meter.carried()}
         self.checkpoints.save(self.state, progress, self.bpb)
 
@@ -163,6 +208,23 @@ class _Run:
         }
         _write_json(self.workdir / "summary.json", summary)
         return summary
+
+
+def open_recording(config: Config) -> Recording | None:
+    """The routing that `train.replay` names; None for most runs.
+
+    Raises:
+      ValueError: the router `replay` without a recording, or one that does not fit the config.
+    """
+    if not config.train.replay:
+        if config.moe.experts and config.router.name == "replay":
+            raise ValueError(
+                "router.name='replay' needs train.replay, the folder of a recorded run"
+            )
+        return None
+    recording = Recording(Path(config.train.replay))
+    recording.check(config)
+    return recording
 
 
 def check_same_data(workdir: Path, dataset: TextDataset) -> None:

@@ -15,8 +15,10 @@ from jax.sharding import Mesh, NamedSharding
 from moejax.config import Config, TrainConfig
 from moejax.data import Batch, DataConfig
 from moejax.model.size import Size, model_size
+from moejax.routing import Recorded
 from moejax.sharding import batch_sharding, check_batch, make_mesh
 from moejax.training.optimizer import make_optimizer
+from moejax.training.recording import ReplayBatch, index_dtype
 from moejax.training.state import TrainState, init_state, make_graph, shardings
 from moejax.training.step import EvalSums, eval_step, train_step
 
@@ -55,12 +57,14 @@ def build_program(
     vocab_size: int,
     num_domains: int,
     devices: tuple[jax.Device, ...] | None = None,
+    width: int = 0,
     *,
     training: bool = True,
 ) -> Program:
     """The compiled program of a config, on the given devices (default: all).
 
-    `training` False: to evaluate only. The training step, most of the compile time, is left out.
+    `width`: R of the recorded routing that batches bring; 0 = they bring none. `training` False: to
+    evaluate only. The training step, most of the compile time, is left out.
 
     Raises:
       ValueError: the mesh does not fit the devices, the batch or a weight.
@@ -70,9 +74,14 @@ def build_program(
     compiled_in = dataclasses.replace(
         config,
         data=DataConfig(sequence=data.sequence, batch=data.batch),
-        train=TrainConfig(steps=train.steps, accumulation=train.accumulation),
+        train=TrainConfig(
+            steps=train.steps,
+            accumulation=train.accumulation,
+            record_routing=train.record_routing,
+        ),
     )
-    return _build(compiled_in, vocab_size, num_domains, devices or tuple(jax.devices()), training)
+    where = devices or tuple(jax.devices())
+    return _build(compiled_in, vocab_size, num_domains, where, width, training)
 
 
 @functools.lru_cache(maxsize=16)
@@ -81,6 +90,7 @@ def _build(
     vocab_size: int,
     num_domains: int,
     devices: tuple[jax.Device, ...],
+    width: int,
     training: bool,
 ) -> Program:
     mesh = make_mesh(config.mesh, list(devices))
@@ -98,7 +108,7 @@ def _build(
     start = time.perf_counter()
     compiled: Callable[..., Any] = _left_out
     if training:
-        batch = _abstract_batch(config, batch_sharding(mesh))
+        batch = _abstract_batch(config, batch_sharding(mesh), width)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
         with jax.set_mesh(mesh):
             compiled = jitted.lower(abstract, batch).compile()
@@ -144,11 +154,16 @@ def _evaluations(config: Config) -> tuple[Config, Config | None]:
     return evaluation, dataclasses.replace(config, moe=as_trained)
 
 
-def _abstract_batch(config: Config, sharding: NamedSharding) -> Batch:
+def _abstract_batch(config: Config, sharding: NamedSharding, width: int) -> Batch | ReplayBatch:
     rows, sequence = config.data.batch, config.data.sequence
 
     def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     tokens = array((rows, sequence))
-    return Batch(tokens, tokens, tokens, tokens, array((rows, sequence), np.bool_), array((rows,)))
+    batch = Batch(tokens, tokens, tokens, tokens, array((rows, sequence), np.bool_), array((rows,)))
+    if width:
+        shape = (rows, config.moe_layers, sequence, width)
+        expert = array(shape, index_dtype(config.moe.experts))
+        return ReplayBatch(*batch, Recorded(expert, array(shape, np.float32)))
+    return batch

@@ -9,9 +9,10 @@ from flax import nnx
 
 from moejax.config import Config
 from moejax.data import Batch
-from moejax.routing import MoeStats
+from moejax.routing import MoeStats, Recorded
 from moejax.routing.balance import balance_losses
 from moejax.routing.metrics import figures
+from moejax.training.recording import index_dtype
 from moejax.training.state import TrainState
 
 
@@ -24,10 +25,15 @@ class Sums(NamedTuple):
 
 
 def forward(
-    params: Any, router_state: Any, batch: Batch, key: jax.Array | None, graph: Any
+    params: Any,
+    router_state: Any,
+    batch: Batch,
+    key: jax.Array | None,
+    graph: Any,
+    record: bool = False,
 ) -> tuple[jax.Array, MoeStats | None]:
     """Cross entropy of each token in nats, nll_BS (0 where not valid), and the routing
-    statistics."""
+    statistics. A `ReplayBatch` brings the routing that the router `replay` follows."""
     logits_BSV, stats = nnx.merge(graph, params)(
         batch.tokens_BS,
         segment_BS=batch.segment_BS,
@@ -35,6 +41,8 @@ def forward(
         valid_BS=batch.valid_BS,
         key=key,
         router_state=router_state,
+        recorded=jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), getattr(batch, "recorded", None)),
+        record=record,
     )
     nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch.targets_BS)
     return jnp.where(batch.valid_BS, nll_BS, 0.0), stats
@@ -51,14 +59,18 @@ def loss_fn(
     """
     parts = config.train.accumulation
 
-    def microbatch(_: None, xs: tuple[Batch, jax.Array]) -> tuple[None, Sums]:
+    def microbatch(_: None, xs: tuple[Batch, jax.Array]) -> tuple[None, tuple[Sums, Any]]:
         rows, part_key = xs
-        nll_BS, stats = forward(params, router_state, rows, part_key, graph)
-        return None, Sums(nll_BS.sum(), rows.valid_BS.sum(dtype=jnp.int32), stats)
+        record = config.train.record_routing
+        nll_BS, stats = forward(params, router_state, rows, part_key, graph, record)
+        recorded = None
+        if stats is not None:
+            recorded, stats = stats.recorded, stats._replace(recorded=None)
+        return None, (Sums(nll_BS.sum(), rows.valid_BS.sum(dtype=jnp.int32), stats), recorded)
 
     rows = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
     body = jax.checkpoint(microbatch) if parts > 1 else microbatch
-    _, sums = jax.lax.scan(body, None, (rows, jax.random.split(key, parts)))
+    _, (sums, recorded) = jax.lax.scan(body, None, (rows, jax.random.split(key, parts)))
     sums = jax.tree.map(lambda a: a.sum(0), sums)
 
     cross_entropy = sums.nll / jnp.maximum(sums.tokens, 1)
@@ -67,7 +79,16 @@ def loss_fn(
     loss = cross_entropy + sum(weights[name] * value for name, value in balance.items())
     routing = {} if sums.stats is None else figures(sums.stats)
     aux = {"loss": cross_entropy, "balance": balance, "stats": sums.stats, **routing}
+    if recorded is not None:
+        expert, weight = jax.tree.map(_by_row, recorded)
+        aux["recorded"] = Recorded(expert.astype(index_dtype(config.moe.experts)), weight)
     return loss, aux
+
+
+def _by_row(a_PLBSR: jax.Array) -> jax.Array:
+    """What microbatches P recorded, as rows of the batch [B, L, S, R]."""
+    a_PBLSR = jnp.swapaxes(a_PLBSR, 1, 2)
+    return a_PBLSR.reshape(-1, *a_PBLSR.shape[2:])
 
 
 def train_step(
@@ -82,7 +103,8 @@ def train_step(
 
     Returns:
       The next state, and metrics: loss (cross entropy, nats per token), balance (unweighted
-        losses), grad_norm, and the routing `figures`.
+        losses), grad_norm, the routing `figures`, and with train.record_routing the routing
+        itself, recorded.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     gradient = jax.grad(loss_fn, has_aux=True)

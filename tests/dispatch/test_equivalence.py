@@ -211,6 +211,15 @@ CASES = {
     ),
     "default_moe": ("default_moe", {}, "sequence", 1.0, (2, 8), 4, "swiglu"),
     "dselect_k": ("dselect_k", {}, "batch", None, (2, 8), 5, "swiglu"),
+    "replay": (
+        "replay",
+        {"k": 3, "weight": "softmax_renorm", "order": "token_major"},
+        "sequence",
+        0.7,
+        (2, 8),
+        4,
+        "swiglu",
+    ),
 }
 
 
