@@ -23,6 +23,8 @@ CASES = [
     ("topk", {"k": 2, "order": "token_major"}, "batch", 0.5, False),
     ("gshard_top2", {}, "sequence", 0.5, True),
     ("loss_free", {"k": 2}, "sequence", 0.5, False),
+    ("vmoe", {"order": "bpr"}, "sequence", 0.5, True),
+    ("deepseek_v3", {"expert_groups": 2}, "batch", 0.5, False),
     ("expert_choice", {"k": 2}, "batch", None, True),
     ("expert_choice", {"k": 2}, "sequence", None, True),
     ("expert_choice", {"k": 2}, "position", None, False),
