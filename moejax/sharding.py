@@ -28,6 +28,8 @@ SHARDINGS: dict[str, P] = {
     "w_out_FD": P("tensor", "fsdp"),
     "w_router_DE": P(),
     "w_extra_DX": P(),
+    "phi_DZ": P(),
+    "scale_1": P(),
     "w_in_EDF": P("expert", "fsdp", "tensor"),
     "w_gate_EDF": P("expert", "fsdp", "tensor"),
     "w_out_EFD": P("expert", "tensor", "fsdp"),

@@ -29,6 +29,8 @@ SIZES = {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}
 LAYOUTS = {
     **tiny.ARMS,
     "shared": {"moe": {"shared": 1}},
+    "soft": {"moe": {"slots": 2}},
+    "selectors": {"router": {"name": "dselect_k"}},
     "first dense": {"moe": {"first_dense": 1}},
     "every second": {"moe": {"every": 2}},
     "no gate": {"model": {"activation": "gelu"}},

@@ -77,7 +77,7 @@ class Config:
             self._check_moe()
 
     def _check_moe(self) -> None:
-        moe, k = self.moe, self.router.k
+        moe, k = self.moe, None if self.moe.slots else self.router.k
         if k is not None:
             require(k >= 1, f"router.k={k} must be at least 1")
             require(
@@ -95,6 +95,14 @@ class Config:
             f"the {rest} layers after moe.first_dense={moe.first_dense} are not divisible by "
             f"moe.every={moe.every}",
         )
+        if moe.slots:
+            for name, weight in self.balance:
+                require(
+                    weight == 0,
+                    f"moe.slots={moe.slots} (Soft MoE) is balanced by design: "
+                    f"balance.{name}={weight} must be 0",
+                )
+            return
         for groups in {moe.groups, moe.evaluation().groups}:
             try:  # what the router or a balance loss refuses, is refused here
                 self._trace(groups)
@@ -135,9 +143,11 @@ class Config:
     @functools.cached_property
     def choices(self) -> float:
         """Experts per token: the router's k, or where it has none, assignments over tokens, N / T,
-        of what it returns; 0 if dense."""
+        of what it returns; slots over tokens if soft; 0 if dense."""
         if not self.moe.experts:
             return 0.0
+        if self.moe.slots:
+            return self.moe.slots * self.moe.experts / self.data.sequence
         if self.router.k is not None:
             return float(self.router.k)
         routing, _ = self._trace(self.moe.groups)
@@ -148,6 +158,8 @@ class Config:
         """On which other tokens an MoE layer's output depends in training; None if dense."""
         if not self.moe.experts:
             return None
+        if self.moe.slots:  # softmax over the tokens of a sequence: no trial is needed
+            return Dependence(later=True, later_gradient=True, others=False, others_gradient=False)
         options = MoeOptions(
             self.router.make(),
             capacity_factor=self.moe.capacity_factor,

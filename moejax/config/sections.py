@@ -84,6 +84,8 @@ class MoeConfig:
     Attributes:
       experts: E routed experts; 0 = a dense model.
       ffn: hidden width of an expert; 0 = model.ffn. Fine-grained experts have a smaller one.
+      slots: 0 = tokens are routed; above 0 = Soft MoE: each expert works on so many mixtures of all
+        tokens of a sequence. Then router, dispatch and groups are not used.
       shared: experts that every token uses besides the routed ones, ungated.
       first_dense: this many dense layers come first.
       every: of the layers after those, every n-th has experts.
@@ -98,6 +100,7 @@ class MoeConfig:
 
     experts: int = 8
     ffn: int = 0
+    slots: int = 0
     shared: int = 0
     first_dense: int = 0
     every: int = 1
@@ -112,7 +115,7 @@ class MoeConfig:
     def __post_init__(self) -> None:
         require(self.experts >= 0, f"moe.experts={self.experts} must be at least 0 (0 = dense)")
         require(self.every >= 1, f"moe.every={self.every} must be at least 1")
-        for name in ("ffn", "shared", "first_dense", "jitter", "router_scale"):
+        for name in ("ffn", "slots", "shared", "first_dense", "jitter", "router_scale"):
             value = getattr(self, name)
             require(value >= 0, f"moe.{name}={value} must not be negative")
         one_of("moe.dispatch", self.dispatch, DISPATCH)
@@ -125,6 +128,18 @@ class MoeConfig:
                 f"moe.{name}={value} leaves no slot (capacity < 1); use a factor > 0, "
                 "1 = exactly enough",
             )
+
+        if self.slots:
+            require(
+                self.experts > 0, f"moe.slots={self.slots} (Soft MoE) needs moe.experts above 0"
+            )
+            for name in ("capacity_factor", "eval_capacity_factor", "jitter"):
+                value = getattr(self, name)
+                require(
+                    not value,
+                    f"moe.slots={self.slots} (Soft MoE) has no capacity and no router's input: "
+                    f"moe.{name}={value} must be left out",
+                )
 
     def evaluation(self) -> "MoeConfig":
         """The same layer as evaluation runs it."""

@@ -35,6 +35,8 @@ class MoE(nnx.Module):
     def __init__(
         self, model: ModelConfig, config: MoeConfig, router: Any = "topk", *, rngs: nnx.Rngs
     ) -> None:
+        if config.slots:
+            raise ValueError(f"MoE routes, moe.slots={config.slots} is for SoftMoE; set it to 0")
         router = router if isinstance(router, RouterConfig) else RouterConfig(router)
         self.router = router.make()
         self.size = LayerSize(config.experts, model.dim)

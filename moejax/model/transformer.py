@@ -10,6 +10,7 @@ from flax import nnx
 from moejax.config import Config
 from moejax.model.layers import Attention, FeedForward, RMSNorm, attention_mask, initial
 from moejax.model.moe import MoE
+from moejax.model.soft import SoftMoE
 from moejax.routing import MoeStats, Recorded
 from moejax.sharding import constrain
 
@@ -36,8 +37,10 @@ class Block(nnx.Module):
         self.attention = Attention(model, nnx.Rngs(params=attention_key))
         self.feed_forward_norm = RMSNorm(model.dim)
         rngs = nnx.Rngs(params=feed_forward_key)
-        self.feed_forward: FeedForward | MoE
-        if kind == "moe":
+        self.feed_forward: FeedForward | MoE | SoftMoE
+        if kind == "moe" and config.moe.slots:
+            self.feed_forward = SoftMoE(model, config.moe, rngs=rngs)
+        elif kind == "moe":
             self.feed_forward = MoE(model, config.moe, config.router, rngs=rngs)
         else:
             self.feed_forward = FeedForward(model, model.ffn, rngs)

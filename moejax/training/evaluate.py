@@ -53,9 +53,10 @@ def evaluate(
         routing = figures(sums.stats)
         record |= {key: routing[key] for key in ("drop", "left_behind", "dead", "load_LE")}
         record["max_vio_global"] = routing["max_vio"]
-        record["max_vio_floor"] = max_vio_floor(
-            record["tokens"], config.moe.experts, round(config.choices)
-        )
+        experts = config.moe.experts
+        # Soft MoE may have fewer slots than tokens, or more.
+        choices = min(experts, max(1, round(config.choices)))
+        record["max_vio_floor"] = max_vio_floor(record["tokens"], experts, choices)
     if program.eval_as_trained is not None:
         pooled = _total(program.eval_as_trained, state, batches, dataset.bytes_V)
         record["bpb_as_trained"] = _bits_per_byte(

@@ -65,5 +65,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _matrices(params: optax.Params) -> optax.Params:
-    """True for weights, False for norm scales, whatever layer axis is stacked in front."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key != "scale_D", params)
+    """True for weights, False for scales, whatever layer axis is stacked in front."""
+    scales = ("scale_D", "scale_1")
+    return jax.tree.map_with_path(lambda path, _: path[-1].key not in scales, params)

@@ -44,7 +44,7 @@ def make_graph(config: Config, vocab_size: int) -> Any:
 
 def init_router_state(config: Config, count_V: jax.Array) -> Any:
     """Router states of all MoE layers at step 0, stacked; None where the router has none."""
-    if not config.moe.experts:
+    if not config.moe.experts or config.moe.slots:
         return None
     size = LayerSize(config.moe.experts, config.model.dim, count_V.shape[0], count_V)
     state = config.router.make().init(size)

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.causality import dependence
 from moejax.dispatch import make_plan
+from moejax.moe import MoeOptions
 from moejax.routing import LayerSize, MoeStats, combine_TE, make_router, moe_stats
 from moejax.routing.balance import active_l1
 from moejax.routing.remoe import remoe, update_strength
@@ -101,3 +103,9 @@ def test_a_loss_without_its_sum_says_whose_it_is() -> None:
         active_l1(moe_stats(r, routing, make_plan(routing, None)))
     with pytest.raises(ValueError, match="need 1 <= k <= 4 experts, got k=5"):
         remoe(r, k=5)
+
+
+@pytest.mark.parametrize(("order", "causal"), [("token_major", True), ("k_major", False)])
+def test_full_experts_and_the_future(order: str, causal: bool) -> None:
+    options = MoeOptions(make_router("remoe", {"order": order}), capacity_factor=0.3)
+    assert dependence(options, 4).causal is causal
