@@ -31,7 +31,7 @@ class SoftParams(NamedTuple):
 def soft_moe(
     p: SoftParams, x_BSD: jax.Array, *, valid_BS: jax.Array, activation: str = "swiglu"
 ) -> tuple[jax.Array, MoeStats]:
-    """One Soft MoE layer (section 2.2 and 2.3), each sequence by itself.
+    """One Soft MoE layer, each sequence by itself.
 
         l_SZ = l2norm(x) . (scale l2norm(phi))
         x_ZD = softmax_S(l)^T x;  y_ZD = FFN_expert(z)(x_Z);  y_SD = softmax_Z(l) y_Z
