@@ -102,6 +102,10 @@ class Config:
                     f"moe.slots={moe.slots} (Soft MoE) is balanced by design: "
                     f"balance.{name}={weight} must be 0",
                 )
+            kept = self.train.record_routing or self.train.replay
+            require(
+                not kept, f"moe.slots={moe.slots} (Soft MoE) has no routing to record or replay"
+            )
             return
         for groups in {moe.groups, moe.evaluation().groups}:
             try:  # what the router or a balance loss refuses, is refused here

@@ -31,7 +31,7 @@ class SoftParams(NamedTuple):
 def soft_moe(
     p: SoftParams, x_BSD: jax.Array, *, valid_BS: jax.Array, activation: str = "swiglu"
 ) -> tuple[jax.Array, MoeStats]:
-    """One Soft MoE layer (section 2.2 and 2.3), each sequence by itself.
+    """One Soft MoE layer, each sequence by itself.
 
         l_SZ = l2norm(x) . (scale l2norm(phi))
         x_ZD = softmax_S(l)^T x;  y_ZD = FFN_expert(z)(x_Z);  y_SD = softmax_Z(l) y_Z
@@ -143,9 +143,10 @@ class SoftMoE(nnx.Module):
         key: jax.Array | None = None,
         state: Any = None,
         recorded: Recorded | None = None,
+        record: bool = False,
     ) -> tuple[jax.Array, MoeStats]:
-        """y_BSD in x's dtype and this layer's `MoeStats`; token_BS, key, state and recorded are for
-        routers, and not looked at."""
+        """y_BSD in x's dtype and this layer's `MoeStats`; the other arguments are for routers, and
+        not looked at."""
         valid_BS = jnp.ones(x_BSD.shape[:2], bool) if valid_BS is None else valid_BS
         gate = None if self.w_gate_EDF is None else self.w_gate_EDF[...]
         experts = Experts(self.w_in_EDF[...], self.w_out_EFD[...], gate)

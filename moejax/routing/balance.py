@@ -121,7 +121,7 @@ def router_entropy(stats: MoeStats) -> jax.Array:
 
 def active_l1(stats: MoeStats) -> jax.Array:
     """sum_e (E n_e / T') (l1_e / T'): ReMoE's L1 norm, heavier for busy experts (Wang et al. 2024,
-    2412.14711, eq. 8).
+    2412.14711).
 
     With l1_e = lambda / K sum_t relu(logits): lambda times the mean over tokens of sum_e f_e relu,
     f_e = E n_e / (K T'). The strength lambda is inside, so the loss has weight 1 in training.
@@ -137,8 +137,13 @@ def active_l1(stats: MoeStats) -> jax.Array:
 
 def selector_entropy(stats: MoeStats) -> jax.Array:
     """Mean over tokens of the sum over selectors of H(shares), in nats (DSelect-k, Hazimeh et al.
+<<<<<<< HEAD
     2021, 2106.03760, eq. 4); k ln E where all experts share alike, 0 once each has one expert."""
     total = own_sum(stats, "selector_entropy", "selector_entropy")
+=======
+    2021, 2106.03760); k ln E where all experts share alike, 0 once each has one expert."""
+    total = own_sum(stats, "selector_entropy", "selector_entropy", "dselect_k")
+>>>>>>> h2
     return total / jnp.maximum(stats.tokens, 1)
 
 

@@ -135,7 +135,7 @@ def dselect_k(
     r: RouterInput, *, k: int = 2, gamma: float = 1.0, order: str = "token_major"
 ) -> Routing:
     """DSelect-k: k selectors, each a smooth binary code of an expert's number (Hazimeh et al. 2021,
-    2106.03760, section 3).
+    2106.03760).
 
     A selector has m = ceil(log2 E) further projections of the token, its bits; smooth_step makes
     each a number from 0 to 1, and an expert's share is the product of its bits' or of 1 less them.

@@ -35,7 +35,7 @@ def expert_choice_capped(
     r: RouterInput, *, k: int = 2, most: int = 3, entropy: float = 1e-3, iterations: int = 100
 ) -> Routing:
     """Expert choice in which a token gets at most so many experts (Zhou et al. 2022, 2202.09368,
-    section 3.3).
+    the paper's capped variant).
 
     Each expert takes the C = ceil(k T / E) largest entries of its row in the plan A that maximises
     <p, A> + entropy H(A) under: rows of A, the experts', sum to C; columns, the tokens', to at most

@@ -9,8 +9,7 @@ from moejax.routing.types import RouterInput, Routing, token_choice
 
 
 def remoe(r: RouterInput, *, k: int = 2, order: str = "token_major") -> Routing:
-    """Every expert whose relu(logit) is above 0, weighed by it (Wang et al. 2024, 2412.14711, eq.
-    4-7).
+    """Every expert whose relu(logit) is above 0, weighed by it (Wang et al. 2024, 2412.14711).
 
     k is only the target: the loss `active_l1` (weight 1, the strength is the state lambda) and
     `update_strength` pull the mean number of experts of a token there. At first a token has half of
@@ -46,7 +45,7 @@ def initial_strength(size: LayerSize, *, strength: float = 1e-8) -> jax.Array:
 def update_strength(
     strength_L: jax.Array, stats: MoeStats, *, k: int = 2, growth: float = 1.2
 ) -> jax.Array:
-    """lambda x growth^sign((1 - k / E) - S), S = share of zeros (eq. 9-10).
+    """lambda x growth^sign((1 - k / E) - S), S = share of zeros.
 
     S is that of all layers, tokens and experts of the global batch together: one lambda for the
     model, of which every layer has a copy. A batch of padding changes nothing.
