@@ -137,13 +137,8 @@ def active_l1(stats: MoeStats) -> jax.Array:
 
 def selector_entropy(stats: MoeStats) -> jax.Array:
     """Mean over tokens of the sum over selectors of H(shares), in nats (DSelect-k, Hazimeh et al.
-<<<<<<< HEAD
-    2021, 2106.03760, eq. 4); k ln E where all experts share alike, 0 once each has one expert."""
-    total = own_sum(stats, "selector_entropy", "selector_entropy")
-=======
     2021, 2106.03760); k ln E where all experts share alike, 0 once each has one expert."""
-    total = own_sum(stats, "selector_entropy", "selector_entropy", "dselect_k")
->>>>>>> h2
+    total = own_sum(stats, "selector_entropy", "selector_entropy")
     return total / jnp.maximum(stats.tokens, 1)
 
 
