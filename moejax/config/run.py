@@ -157,6 +157,14 @@ class Config:
         routing, _ = self._trace(self.moe.groups)
         return routing.token_N.shape[0] / routing.scores_TE.shape[0]
 
+    @property
+    def computed(self) -> float:
+        """Experts that the training step computes for a token: E for routers that ask all of them,
+        however few count; else `choices`."""
+        spec = None if self.moe.slots else self.router.make().spec
+        every = spec is not None and spec.every_expert
+        return float(self.moe.experts) if every and self.moe.experts else self.choices
+
     @functools.cached_property
     def dependence(self) -> Dependence | None:
         """On which other tokens an MoE layer's output depends in training; None if dense."""

@@ -16,8 +16,9 @@ class Size(NamedTuple):
     Attributes:
       total: parameters.
       active: parameters that work on one token: everything but the experts it does not visit.
-      flops: floating-point operations per token, forward and backward: 6 for each active weight of
-        a matmul (the embedding is a look-up) and the attention scores over the whole row.
+      flops: floating-point operations per token, forward and backward: 6 for each weight of a
+        matmul that is computed, and the attention scores over the whole row. The embedding is a
+        look-up. More than the active ones are computed where training asks every expert.
     """
 
     total: int
@@ -32,8 +33,9 @@ def model_size(config: Config, vocab_size: int) -> Size:
     sizes = [(str(getattr(path[-1], "key", "")), math.prod(leaf.shape)) for path, leaf in leaves]
     total = sum(size for _, size in sizes)
     routed = sum(size for name, size in sizes if name.endswith(("_EDF", "_EFD")))
-    share = config.choices / max(1, config.moe.experts)
-    active = total - round(routed * (1 - share))
+    experts = max(1, config.moe.experts)
+    active = total - round(routed * (1 - config.choices / experts))
+    computed = total - round(routed * (1 - config.computed / experts))
     look_up = sum(size for name, size in sizes if name in ("embed_VD", "scale_D"))
     attention = 4 * config.data.sequence * config.model.heads * config.model.width
-    return Size(total, active, 6.0 * (active - look_up) + 3.0 * config.model.layers * attention)
+    return Size(total, active, 6.0 * (computed - look_up) + 3.0 * config.model.layers * attention)

@@ -217,6 +217,7 @@ ROUTERS = {
         "load_balance loss",
         "Yao et al. 2025",
         "the dense mixture's gradient",
+        every_expert=True,
     ),
     "default_moe": RouterSpec(
         default_moe,
@@ -235,6 +236,7 @@ ROUTERS = {
         "none; selector_entropy, selector_reach losses",
         "Hazimeh et al. 2021, 2106.03760",
         "shares by hand, and their sums",
+        every_expert=True,
         columns=selector_columns,
         weights=small_uniform,
     ),

@@ -64,6 +64,7 @@ ROUTERS = {
         "Wang et al. 2024, 2412.14711",
         "the paper's loss on a fixed layer; lambda's step by hand",
         init=initial_strength,
+        every_expert=True,
         update=update_strength,
     ),
 }

@@ -38,6 +38,7 @@ class RouterSpec(NamedTuple):
         have a leading axis over MoE layers. None = the state stays as it is.
       columns: (E, *, hyper-parameters) -> X, how many further projections of a token the router
         looks at (`RouterInput.extra_TX`); None = none.
+      every_expert: training computes all E experts for each token, or does at first.
       weights: (key, shape) -> initial weights of the router's projections; None = the model's own
         initialisation.
     """
@@ -51,4 +52,5 @@ class RouterSpec(NamedTuple):
     init: Callable[..., Any] | None = None
     update: Callable[..., Any] | None = None
     columns: Callable[..., int] | None = None
+    every_expert: bool = False
     weights: Callable[[jax.Array, tuple[int, ...]], jax.Array] | None = None

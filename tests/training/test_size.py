@@ -52,6 +52,14 @@ def test_expert_choice_visits_k_experts_on_average():
     assert sizes[0] == sizes[1]
 
 
+def test_a_router_that_asks_every_expert_computes_them_all():
+    few, every = (
+        model_size(tiny.tiny(router={"name": name, "k": 2}), 256) for name in ("topk", "densemixer")
+    )
+    assert every.active == few.active
+    assert every.flops == few.flops + 6 * 2 * (4 - 2) * EXPERT
+
+
 def test_mfu_is_of_active_parameters():
     """10 steps a second of 256 tokens, a peak of 1 TFLOP/s; idle experts do not count."""
     few, many = (model_size(tiny.tiny(moe={"experts": experts}), 256) for experts in (4, 64))
