@@ -6,7 +6,7 @@ A discrete router is trained by differentiating the weights of the experts that 
 chosen. On small problems the exact gradient can be computed instead (`moejax.analysis.gradients`),
 so each router's own can be held against it: how far off is its mean (bias, cosine), how much does
 it scatter (deviation), and how does that change as the router becomes sure of itself (the scale of
-the logits). No training: takes a minute or two on two CPU cores.
+the logits). No training: takes about two minutes on two CPU cores.
 """
 
 import json
@@ -35,7 +35,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "sinkhorn": ("sinkhorn", {"k": 2}),
 }
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
-ENUMERATED = 4  # experts, where outcomes are enumerated
+ENUMERATED = 3  # experts, where outcomes are enumerated
 
 
 def measure(arms: dict[str, tuple[str, dict[str, Any]]] = ARMS, **sizes: int) -> dict[str, Any]:

@@ -67,7 +67,7 @@ for name, router in routers.items():
 # %% [markdown]
 # ## Random problems: bias and scatter over how sure the router is
 #
-# Eight tokens, six experts with random outputs, random targets. *Cosine* and *bias* compare the
+# Twelve tokens, six experts with random outputs, random targets. *Cosine* and *bias* compare the
 # mean gradient with the dense one; *deviation* is the scatter over draws.
 
 # %%
@@ -82,7 +82,7 @@ arms = {
 }
 scales = (0.25, 0.5, 1.0, 2.0, 4.0)
 found = {
-    arm: [average_quality(name, options, scale=scale, problems=24, draws=96) for scale in scales]
+    arm: [average_quality(name, options, scale=scale, problems=16, draws=48) for scale in scales]
     for arm, (name, options) in arms.items()
 }
 
@@ -110,7 +110,7 @@ for name, options in (
     ("vmoe", {"k": 2}),
     ("sparsemixer2", {"k": 1}),
 ):
-    sizes = {"experts": 3, "problems": 24, "draws": 256}
+    sizes = {"experts": 3, "problems": 16, "draws": 128}
     q = average_quality(name, options, against="expected", **sizes)
     print(
         f"{name:14s} cosine {float(q.cosine):.2f}   bias {float(q.bias):.2f}   "
@@ -124,5 +124,5 @@ for name, options in (
 
 # %%
 for k in range(1, 7):
-    q = average_quality("topk", {"k": k}, problems=24, draws=1)
+    q = average_quality("topk", {"k": k}, problems=16, draws=1)
     print(f"k={k}: cosine {float(q.cosine):.3f}   bias {float(q.bias):.3f}")

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.routing import LayerSize, Router, RouterInput, combine_TE, make_router
+from moejax.routing.dense_gradient import near_best
 
 
 class Problem(NamedTuple):
@@ -31,7 +32,7 @@ class Problem(NamedTuple):
 
 
 class Quality(NamedTuple):
-    """One router's gradient against one exact gradient g, over all tokens of a problem.
+    """A router's gradient against an exact one, g, over all tokens of all problems.
 
     Attributes:
       cosine: between the mean gradient over draws and g.
@@ -45,7 +46,7 @@ class Quality(NamedTuple):
 
 
 def random_problem(
-    key: jax.Array, *, tokens: int = 8, experts: int = 6, dim: int = 4, scale: float = 1.0
+    key: jax.Array, *, tokens: int = 12, experts: int = 6, dim: int = 4, scale: float = 1.0
 ) -> Problem:
     """Normal logits of the given scale, normal outputs and targets."""
     keys = jax.random.split(key, 3)
@@ -103,14 +104,35 @@ def expected_gradient(outcomes: Callable[[jax.Array], Outcomes], problem: Proble
     return jax.grad(loss)(problem.logits_TE)
 
 
-def quality(router: Router, problem: Problem, exact_TE: jax.Array, keys: jax.Array) -> Quality:
-    """The router's gradient over the draws of `keys` against an exact one."""
+class Moments(NamedTuple):
+    """What a `Quality` is made of, summed over problems: m = mean gradient, g = the exact one."""
+
+    mg: jax.Array
+    mm: jax.Array
+    gg: jax.Array
+    off: jax.Array
+    variance: jax.Array
+
+
+def moments(router: Router, problem: Problem, exact_TE: jax.Array, keys: jax.Array) -> Moments:
+    """The router's gradient over the draws of `keys`, and an exact one."""
     draws = jax.vmap(lambda key: router_gradient(router, problem, key))(keys)
-    mean_TE, size = draws.mean(0), jnp.linalg.norm(exact_TE)
+    mean_TE = draws.mean(0)
+    return Moments(
+        mg=jnp.vdot(mean_TE, exact_TE),
+        mm=jnp.square(mean_TE).sum(),
+        gg=jnp.square(exact_TE).sum(),
+        off=jnp.square(mean_TE - exact_TE).sum(),
+        variance=jnp.square(draws - mean_TE[None]).mean(0).sum(),
+    )
+
+
+def quality(sums: Moments) -> Quality:
+    """The figures of one problem, or of several whose moments were added up."""
     return Quality(
-        cosine=jnp.vdot(mean_TE, exact_TE) / (jnp.linalg.norm(mean_TE) * size + 1e-20),
-        bias=jnp.linalg.norm(mean_TE - exact_TE) / size,
-        deviation=jnp.sqrt(jnp.square(draws - mean_TE[None]).mean(0).sum()) / size,
+        cosine=sums.mg / jnp.sqrt(jnp.maximum(sums.mm * sums.gg, 1e-30)),
+        bias=jnp.sqrt(sums.off / sums.gg),
+        deviation=jnp.sqrt(sums.variance / sums.gg),
     )
 
 
@@ -121,10 +143,10 @@ def average_quality(
     against: str = "dense",
     scale: float = 1.0,
     experts: int = 6,
-    problems: int = 64,
-    draws: int = 256,
+    problems: int = 32,
+    draws: int = 64,
 ) -> Quality:
-    """The mean `Quality` of a router over random problems.
+    """The `Quality` of a router over random problems.
 
     Args:
       name: of ROUTERS.
@@ -142,7 +164,7 @@ def average_quality(
     if against == "expected" and name not in OUTCOMES:
         raise ValueError(f"the draws of {name} are not enumerated; known: {', '.join(OUTCOMES)}")
 
-    def one(key: jax.Array) -> Quality:
+    def one(key: jax.Array) -> Moments:
         problem_key, draw_key = jax.random.split(key)
         problem = random_problem(problem_key, experts=experts, scale=scale)
         if against == "expected":
@@ -150,10 +172,10 @@ def average_quality(
             exact_TE = expected_gradient(outcomes, problem)
         else:
             exact_TE = dense_gradient(router, problem)
-        return quality(router, problem, exact_TE, jax.random.split(draw_key, draws))
+        return moments(router, problem, exact_TE, jax.random.split(draw_key, draws))
 
     keys = jax.random.split(jax.random.key(0), problems)
-    return jax.tree.map(jnp.mean, jax.jit(lambda k: jax.lax.map(one, k))(keys))
+    return quality(jax.tree.map(jnp.sum, jax.jit(lambda k: jax.lax.map(one, k))(keys)))
 
 
 def gshard_outcomes(logits_TE: jax.Array, *, second: str = "random", k: int = 2) -> Outcomes:
@@ -203,17 +225,16 @@ def _gaussian(
 _REACH, _POINTS = 4.0, 20  # of the grid: standard deviations to each side, points an expert
 
 
-def sparsemixer_outcomes(logits_TE: jax.Array, *, k: int = 1, eps: float = 0.1) -> Outcomes:
+def sparsemixer_outcomes(logits_TE: jax.Array, *, k: int = 1, epsilon: float = 0.1) -> Outcomes:
     """GRIN's draw of one expert, and its coin for the size of what is not the best one."""
-    best_T1 = logits_TE.max(-1, keepdims=True)
-    scale_TE = jnp.maximum(jnp.abs(logits_TE), best_T1)
-    kept_TE = (best_T1 - logits_TE) / scale_TE <= 2 * eps
-    probs_TE = jax.nn.softmax(jnp.where(kept_TE, logits_TE, -jnp.inf))
-    whole_TE = jnp.where(logits_TE == best_T1, 1.0, 0.25)
-    chance_TE = jnp.concatenate([probs_TE * whole_TE, probs_TE * (1 - whole_TE)], -1)
-    weight_TE = jnp.concatenate([probs_TE, probs_TE / 3], -1)
+    near_TE = near_best(logits_TE, epsilon)
+    probs_TE = jax.nn.softmax(jnp.where(near_TE, logits_TE, -jnp.inf))
+    best_TE = logits_TE == logits_TE.max(-1, keepdims=True)
+    whole_TE = jnp.where(best_TE, 1.0, 0.25)
+    chance_TX = jnp.concatenate([probs_TE * whole_TE, probs_TE * (1 - whole_TE)], -1)
+    weight_TX = jnp.concatenate([probs_TE, probs_TE / 3], -1)
     one_hot_XE = jnp.tile(jnp.eye(logits_TE.shape[-1]), (2, 1))
-    return chance_TE.T, weight_TE.T[..., None] * one_hot_XE[:, None]
+    return chance_TX.T, weight_TX.T[..., None] * one_hot_XE[:, None]
 
 
 OUTCOMES: dict[str, Callable[..., Outcomes]] = {
