@@ -46,7 +46,7 @@ class Quality(NamedTuple):
 
 
 def random_problem(
-    key: jax.Array, *, tokens: int = 12, experts: int = 6, dim: int = 4, scale: float = 1.0
+    key: jax.Array, *, tokens: int = 12, experts: int = 6, dim: int = 4, scale: Any = 1.0
 ) -> Problem:
     """Normal logits of the given scale, normal outputs and targets."""
     keys = jax.random.split(key, 3)
@@ -159,23 +159,40 @@ def average_quality(
     Raises:
       ValueError: 'expected' for a router whose draws are not enumerated.
     """
-    options = dict(options or {})
-    router = make_router(name, options)
     if against == "expected" and name not in OUTCOMES:
         raise ValueError(f"the draws of {name} are not enumerated; known: {', '.join(OUTCOMES)}")
+    pairs = tuple((options or {}).items())
+    return _averaged(name, pairs, against == "expected", experts, problems, draws)(scale)
 
-    def one(key: jax.Array) -> Moments:
+
+@functools.cache
+def _averaged(
+    name: str,
+    options: tuple[tuple[str, Any], ...],
+    enumerated: bool,
+    experts: int,
+    problems: int,
+    draws: int,
+) -> Callable[[float], Quality]:
+    """The compiled function of the scale."""
+    router = make_router(name, dict(options))
+
+    def one(key: jax.Array, scale: jax.Array) -> Moments:
         problem_key, draw_key = jax.random.split(key)
         problem = random_problem(problem_key, experts=experts, scale=scale)
-        if against == "expected":
-            outcomes = functools.partial(OUTCOMES[name], **options)
-            exact_TE = expected_gradient(outcomes, problem)
+        if enumerated:
+            exact_TE = expected_gradient(
+                functools.partial(OUTCOMES[name], **dict(options)), problem
+            )
         else:
             exact_TE = dense_gradient(router, problem)
         return moments(router, problem, exact_TE, jax.random.split(draw_key, draws))
 
-    keys = jax.random.split(jax.random.key(0), problems)
-    return quality(jax.tree.map(jnp.sum, jax.jit(lambda k: jax.lax.map(one, k))(keys)))
+    def averaged(scale: jax.Array) -> Quality:
+        keys = jax.random.split(jax.random.key(0), problems)
+        return quality(jax.tree.map(jnp.sum, jax.lax.map(lambda key: one(key, scale), keys)))
+
+    return jax.jit(averaged)
 
 
 def gshard_outcomes(logits_TE: jax.Array, *, second: str = "random", k: int = 2) -> Outcomes:
