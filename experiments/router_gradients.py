@@ -81,7 +81,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     dashes = ("-", "--", ":")
     for i, (arm, kinds) in enumerate(found.items()):
         style = {"color": f"C{i % 7}", "linestyle": dashes[i // 7], "marker": ".", "label": arm}
@@ -90,10 +90,13 @@ def draw(found: dict[str, Any], path: Path) -> None:
         if by_scale[1.0][2] > 0:
             panels[1].plot(SCALES, [by_scale[s][2] for s in SCALES], **style)
     panels[0].set(title="Cosine with the gradient of the dense mixture", ylim=(0, 1.02))
-    panels[1].set(title="Deviation over draws, relative to that gradient", yscale="log")
+    panels[1].set(title="Deviation over draws, relative to that gradient", ylim=(0, None))
     for panel in panels:
         panel.set(xscale="log", xlabel="scale of the logits")
-        panel.legend(fontsize=7, ncols=2)
+        panel.set_xticks(SCALES, [f"{scale:g}" for scale in SCALES])
+        panel.minorticks_off()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
