@@ -100,10 +100,12 @@ class Meter:
         return record
 
     def alarm(self, record: dict[str, Any], share: float, k: float, experts: int) -> str | None:
-        """A line when one expert has got more than `share` of a layer's tokens for some records."""
+        """A line when one expert has got more than `share` of a layer's tokens for some records,
+        and twice as much as its layer's mean: where all experts are busy, none is crowded."""
         if "busiest" not in record or k >= experts:
             return None
-        self._collapsed = self._collapsed + 1 if record["busiest"] >= share else 0
+        crowded = (np.max(record["load_LE"], -1) >= 2 * np.mean(record["load_LE"], -1)).any()
+        self._collapsed = self._collapsed + 1 if crowded and record["busiest"] >= share else 0
         if self._collapsed != _ALARM_AFTER:
             return None
         return (

@@ -88,9 +88,12 @@ def test_what_is_not_finite_names_the_step_and_the_batch(loss, norm):
     assert "\n" not in str(caught.value)
 
 
-def alarms(shares, k=1, experts=4, carried=None):
+def alarms(shares, k=1, experts=4, carried=None, load=None):
     meter = Meter(1, 1.0, 1.0, carried)
-    records = [{"step": 10 * i, "busiest": share} for i, share in enumerate(shares, start=1)]
+    records = [
+        {"step": 10 * i, "busiest": share, "load_LE": load or [[share, *[(1 - share) / 3] * 3]]}
+        for i, share in enumerate(shares, start=1)
+    ]
     return [meter.alarm(record, 0.9, k, experts) for record in records], meter
 
 
@@ -110,6 +113,8 @@ def test_the_alarm_counts_on_after_a_resume():
 def test_no_alarm_where_balance_is_fair_or_every_token_visits_every_expert():
     assert not any(alarms([0.6] * 5, k=2)[0])
     assert not any(alarms([1.0] * 5, k=4)[0])
+    assert not any(alarms([1.0] * 5, load=[[0.3, 0.3, 0.2, 0.2]])[0])  # all are busy
+    assert any(alarms([1.0] * 5, k=2, load=[[0.25] * 4, [0.5, 0.5, 0.0, 0.0]])[0])
     assert Meter(1, 1.0, 1.0).alarm({"step": 1}, 0.9, 1, 4) is None  # a dense model
 
 
