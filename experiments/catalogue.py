@@ -71,11 +71,11 @@ def get_suite(scale: str = "smoke") -> Suite:
         "expert_choice_capped": arm("expert_choice_capped", **capacity),
         # Its auction takes rounds over all tokens of a group: small groups.
         "base": arm("base", **top1, epsilon=1e-2, moe__groups="sequence"),
-        "sinkhorn": arm("sinkhorn"),
-        "token_rounding": arm("token_rounding", tile=16),
+        "sinkhorn": arm("sinkhorn", k=2),
+        "token_rounding": arm("token_rounding", tile=16, **balance),
         # differentiable and dense-gradient
         "remoe": arm("remoe", balance__active_l1=1.0),
-        "sparsemixer2": arm("sparsemixer2", **top1, **balance),
+        "sparsemixer2": arm("sparsemixer2", k=1, **top1, **balance),
         "densemixer": arm("densemixer", **balance),
         "default_moe": arm("default_moe", **balance),
         "dselect_k": arm("dselect_k", balance__selector_entropy=0.01),

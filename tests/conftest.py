@@ -1,14 +1,28 @@
 """How every test runs: eight simulated devices, no silent broadcasting, the same examples."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Hundreds of small programs run once each: compiling them is what the tests' time goes to.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
+import pytest
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_programs():
+    """Compiled programs of a file are given back after it: thousands in one process use up the
+    memory maps that Linux allows, and XLA aborts."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
 
 settings.register_profile(
     "moejax",

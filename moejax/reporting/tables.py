@@ -247,10 +247,10 @@ def _against_baseline(results: Results, variant: str) -> Cell:
 
 
 def _by_choice(runs: Sequence[Run]) -> Cell:
-    """Drop shares in percent, "0.1 / 8.4"; nothing for routers with one choice."""
+    """Drop shares in percent, "0.1 / 8.4"; nothing with one choice, or where nothing drops."""
     ranks = range(len(runs[0].train[-1].get("drop_k", []) if runs[0].train else []))
     shares = [_mean(runs, f"train.drop_k.{rank}") for rank in ranks]
-    if len(shares) < 2:
+    if len(shares) < 2 or not any(shares):
         return None
     return " / ".join(f"{100 * s:.1f}" for s in shares if isinstance(s, float))
 

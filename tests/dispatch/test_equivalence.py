@@ -223,8 +223,8 @@ CASES = {
 }
 
 
-# Routers that look at other projections instead.
-NO_LOGITS = ("dselect_k",)
+# Routers that look at other projections, or at token ids.
+NO_LOGITS = ("dselect_k", "hash_router")
 
 
 @functools.cache
