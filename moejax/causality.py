@@ -55,10 +55,8 @@ def dependence(options: MoeOptions, num_experts: int, *, training: bool = True) 
     many = num_experts * math.ceil(16 / num_experts)
     rows, length = (many, 4) if options.groups == "position" else (2, many)
     options = options._replace(dispatch="gather", activation="relu")
-    # On a CPU, optimising what runs once is not worth it.
-    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     trials = functools.partial(_trials, options, num_experts, rows, length, training)
-    found = jax.jit(trials, compiler_options=quick)()
+    found = jax.jit(trials)()
     return Dependence(*(bool(jnp.any(kind)) for kind in found))
 
 

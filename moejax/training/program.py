@@ -125,7 +125,7 @@ def _build(
         return evaluate
 
     return Program(
-        init=jax.jit(init, out_shardings=where, compiler_options=_run_once(devices)),
+        init=jax.jit(init, out_shardings=where),
         train_step=compiled,
         eval_step=evaluator(evaluation),
         eval_as_trained=evaluator(as_trained) if as_trained else None,
@@ -138,11 +138,6 @@ def _build(
 
 def _left_out(*_: Any) -> Any:
     raise RuntimeError("this program was built with training=False")
-
-
-def _run_once(devices: tuple[jax.Device, ...]) -> dict[str, Any] | None:
-    """Compiler options of a function called once: on a CPU, optimising it is not worth it."""
-    return {"xla_backend_optimization_level": 0} if devices[0].platform == "cpu" else None
 
 
 def _evaluations(config: Config) -> tuple[Config, Config | None]:

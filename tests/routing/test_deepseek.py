@@ -192,5 +192,5 @@ def test_v3_refuses_one_expert_and_losses_their_missing_sums() -> None:
         deepseek_v3(plain_input(LOGITS_TE), k=1)
     stats = stats_of(plain_input(LOGITS_TE), topk)
     for name in ("device", "communication"):
-        with pytest.raises(ValueError, match=f"balance loss '{name}' needs the router's sum 'sent"):
+        with pytest.raises(ValueError, match=f"balance.{name} needs the router's own sum 'sent"):
             BALANCE_LOSSES[name](stats)

@@ -306,5 +306,5 @@ def test_selectors_start_in_the_middle_and_misfits_are_refused() -> None:
         selected(np.zeros((3, 5)), experts=4, k=2)
     r = plain_input(jnp.zeros((3, 4)))
     routing = densemixer(r)
-    with pytest.raises(ValueError, match="selector_entropy needs the sum"):
+    with pytest.raises(ValueError, match="selector_entropy needs the router's own sum"):
         BALANCE_LOSSES["selector_entropy"](moe_stats(r, routing, make_plan(routing, None)))

@@ -271,7 +271,5 @@ def test_what_cannot_be_is_refused(router, options, message: str) -> None:
 @pytest.mark.parametrize("name", ["importance", "load"])
 def test_a_loss_without_its_sum_is_refused(name: str) -> None:
     r = plain_input(jnp.zeros((2, 4)))
-    with pytest.raises(
-        ValueError, match=f"balance loss '{name}' needs the router's sum '{name}_E'"
-    ):
+    with pytest.raises(ValueError, match=f"balance.{name} needs the router's own sum '{name}_E'"):
         BALANCE_LOSSES[name](stats_of(r, topk(r)))

@@ -99,7 +99,7 @@ def test_who_goes_first_when_an_expert_is_full() -> None:
 def test_a_loss_without_its_sum_says_whose_it_is() -> None:
     r = plain_input(LOGITS_TE)
     routing = topk(r)
-    with pytest.raises(ValueError, match="active_l1 needs the sum 'l1_E' of router remoe; .* none"):
+    with pytest.raises(ValueError, match="active_l1 needs the router's own sum 'l1_E'; .* none"):
         active_l1(moe_stats(r, routing, make_plan(routing, None)))
     with pytest.raises(ValueError, match="need 1 <= k <= 4 experts, got k=5"):
         remoe(r, k=5)
