@@ -70,3 +70,4 @@ def test_bpe_trains_on_no_more_than_its_share(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizing, "TRAINING_BYTES", 100)
     endless = iter(lambda: b"the cat ", b"")
     train_bpe(endless, 262, tmp_path / "t.json", progress=False)  # would not return otherwise
+    assert BpeTokenizer(tmp_path / "t.json", 262).vocab_size == 262
