@@ -1,9 +1,14 @@
-"""How every test runs: eight simulated devices, no silent broadcasting, the same examples."""
+"""How every test runs: eight simulated devices, no silent broadcasting, the same examples.
+
+And with XLA's lowest optimisation level: tests compile thousands of programs and run each once or
+twice.
+"""
 
 import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
 import jax
 import pytest

@@ -70,7 +70,7 @@ def compiled_layer(name: str, mesh: MeshConfig):
     tokens = NamedSharding(grid, P(BATCH_AXES))
     weights = (NamedSharding(grid, SHARDINGS[w]) for w in ("w_in_EDF", "w_out_EFD", "w_gate_EDF"))
     where = (MoeParams(NamedSharding(grid, P()), Experts(*weights)), tokens, tokens)
-    jitted = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+    jitted = jax.jit(run)
     with jax.set_mesh(grid):
         arguments = jax.device_put((PARAMS, X_BSD, VALID_BS), where)
         return jitted.lower(*arguments).compile(), where

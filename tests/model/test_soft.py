@@ -147,7 +147,7 @@ def test_the_transformer_mixes_the_future_into_the_past() -> None:
     graph, params = build(config)
     token_BS = tokens()
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def forward(token_BS):
         return nnx.merge(graph, params)(token_BS, key=jax.random.key(0))
 

@@ -35,10 +35,15 @@ def graph_of(config: Config) -> nnx.GraphDef:
 
 
 @functools.cache
-def build(config: Config) -> tuple[nnx.GraphDef, Any]:
-    """The model taken apart: what is static, and its parameters."""
+def _built(config: Config) -> tuple[nnx.GraphDef, Any]:
     # Not under one jit: XLA takes 25 s to compile all the random draws together.
     return nnx.split(Transformer(config, VOCAB, nnx.Rngs(0)))
+
+
+def build(config: Config) -> tuple[nnx.GraphDef, Any]:
+    """The model taken apart: what is static, and its parameters, the caller's own to change."""
+    graph, params = _built(config)
+    return graph, jax.tree.map(lambda a: a, params)
 
 
 def tokens(seed: int = 0, shape: tuple[int, ...] = (ROWS, LENGTH)) -> jax.Array:

@@ -33,9 +33,10 @@ SOME_T = jnp.asarray(RANDOM.random(TOKENS) < 0.6)
 ALL_T = jnp.ones(TOKENS, bool)
 # Some routers look at further projections of a token; here these are mixtures of its logits.
 MIX_EX = jnp.asarray(RANDOM.normal(size=(EXPERTS, 64)), jnp.float32)
-LOSSES = {"load_balance": 1.0, "load_balance_top1": 1.0, "router_z": 1.0}
-NOISY = {"importance": 1.0, "load": 1.0}
-DEVICES = {"device": 1.0, "communication": 1.0, "load_balance_sequence": 1.0}
+COTANGENT_TE = jnp.asarray(RANDOM.normal(size=(TOKENS, EXPERTS)), jnp.float32)
+LOSSES = ("load_balance", "load_balance_top1", "router_z")
+NOISY = ("importance", "load")
+DEVICES = ("device", "communication", "load_balance_sequence")
 OWN_LOSSES = {
     "deepseek_moe": DEVICES,
     "deepseek_v2": DEVICES,
@@ -43,7 +44,7 @@ OWN_LOSSES = {
     "noisy_topk": NOISY,
     "hierarchical": NOISY,
     "vmoe": NOISY,
-    "top_p": {"router_entropy": 1.0},
+    "top_p": ("router_entropy",),
 }
 
 
@@ -72,26 +73,39 @@ def extra_of(name: str, logits_TE):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run(name: str, logits_TE, valid_T, token_T=TOKEN_T, order_E=SAME_E):
-    """The routing without noise, its dense form, its statistics when dropless, and the losses."""
+def routed(name: str, logits_TE, valid_T, token_T, order_E):
+    """The routing without noise, its dense form, and the gradient of a projection of that."""
     router = make_router(name)
-    r = RouterInput(
-        logits_TE,
-        valid_T,
-        state=state_of(name, order_E),
-        token_T=token_T,
-        next_T=token_T,
-        extra_TX=extra_of(name, logits_TE),
-    )
-    routing = route(router.route, r, 1, "batch")
+
+    def project(logits_TE):
+        r = RouterInput(
+            logits_TE,
+            valid_T,
+            state=state_of(name, order_E),
+            token_T=token_T,
+            next_T=token_T,
+            extra_TX=extra_of(name, logits_TE),
+        )
+        routing = route(router.route, r, 1, "batch")
+        dense_TE = combine_TE(routing)
+        return (dense_TE * COTANGENT_TE[: len(dense_TE)]).sum(), (routing, dense_TE)
+
+    grad_TE, (routing, dense_TE) = jax.grad(project, has_aux=True)(logits_TE)
+    return routing, dense_TE, grad_TE
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def measured(losses: tuple[str, ...], r: RouterInput, routing: Routing):
+    """The statistics when dropless, and the losses; one program for all routers of one form."""
     stats = moe_stats(r, routing, make_plan(routing, None))
-    layer = jax.tree.map(lambda a: a[None], stats)
-    return (
-        routing,
-        combine_TE(routing),
-        stats,
-        balance_losses(layer, {**LOSSES, **OWN_LOSSES.get(name, {})}),
-    )
+    return stats, balance_losses(jax.tree.map(lambda a: a[None], stats), dict.fromkeys(losses, 1.0))
+
+
+def run(name: str, logits_TE, valid_T, token_T=TOKEN_T, order_E=SAME_E):
+    """The routing, its dense form, its statistics and its losses."""
+    routing, dense_TE, _ = routed(name, logits_TE, valid_T, token_T, order_E)
+    losses = (*LOSSES, *OWN_LOSSES.get(name, ()))
+    return routing, dense_TE, *measured(losses, RouterInput(logits_TE, valid_T), routing)
 
 
 # A token's number of experts is not k but a result.
@@ -245,20 +259,16 @@ def formula(name: str, logits_TE: jax.Array, chosen_TE: np.ndarray) -> jax.Array
 
 @every_router
 def test_weights_and_their_gradient_are_the_papers(name: str) -> None:
-    _, dense_TE, _, _ = run(name, LOGITS_TE, ALL_T)
+    _, dense_TE, grad_TE = routed(name, LOGITS_TE, ALL_T, TOKEN_T, SAME_E)
     chosen_TE = np.asarray(dense_TE) > 0
-    cotangent_TE = jnp.asarray(RANDOM.normal(size=LOGITS_TE.shape), jnp.float32)
-
-    def ours(logits_TE):
-        return (run(name, logits_TE, ALL_T)[1] * cotangent_TE).sum()
 
     def papers(logits_TE):
-        return (formula(name, logits_TE, chosen_TE) * cotangent_TE).sum()
+        return (formula(name, logits_TE, chosen_TE) * COTANGENT_TE).sum()
 
     np.testing.assert_allclose(dense_TE, formula(name, LOGITS_TE, chosen_TE), 1e-6, 1e-7)
-    got, want = jax.grad(ours)(LOGITS_TE), jax.grad(papers)(LOGITS_TE)
-    np.testing.assert_allclose(got, want, atol=1e-6)
-    assert (np.abs(want).max() > 0.01) == (name != "hash")  # which learns nothing
+    want_TE = jax.grad(papers)(LOGITS_TE)
+    np.testing.assert_allclose(grad_TE, want_TE, atol=1e-6)
+    assert (np.abs(want_TE).max() > 0.01) == (name != "hash")  # which learns nothing
 
 
 @every_router

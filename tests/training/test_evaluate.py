@@ -41,8 +41,7 @@ def test_bits_per_byte_by_hand_from_the_logits(config, state, record):
             position_BS=b.position_BS,
             valid_BS=b.valid_BS,
             router_state=jnp.asarray(jax.device_get(state.router_state)),
-        )[0],
-        compiler_options={"xla_backend_optimization_level": 0},
+        )[0]
     )
     nats, size, tokens = defaultdict(float), defaultdict(float), 0
     for batch in dataset.validation_batches(batch=8, limit_rows=16):

@@ -51,10 +51,11 @@ def uninterrupted(tmp_path_factory, cache):
 
 
 def stop_at(process, workdir, step, number):
-    """Send a signal once a record of that step or a later one is there."""
+    """Send a signal once a record of that step or a later one is there, and a checkpoint."""
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        if any(r["step"] >= step for r in read_records(workdir / "metrics.jsonl")):
+        reached = any(r["step"] >= step for r in read_records(workdir / "metrics.jsonl"))
+        if reached and latest(workdir):
             process.send_signal(number)
             return
         time.sleep(0.003)
@@ -118,7 +119,8 @@ def test_terminated_saves_exits_cleanly_and_resumes_bit_identical(uninterrupted,
 
 
 def latest(workdir):
-    return max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    """The last step that is saved whole; 0 = none."""
+    return max((int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit()), default=0)
 
 
 def test_a_finished_run_started_again_changes_nothing_that_counts(uninterrupted, cache):

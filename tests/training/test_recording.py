@@ -19,7 +19,7 @@ from moejax.training.records import read_records
 from moejax.training.state import make_graph
 from moejax.training.step import loss_fn
 from tests import tiny
-from tests.training.test_upcycle import FAST, params_of
+from tests.training.test_upcycle import params_of
 
 TIGHT = {"capacity_factor": 1.0, "groups": "sequence"}
 TOPK = {"name": "topk", "k": 2}
@@ -36,7 +36,7 @@ def losses(config: Config, params, recorded=None):
     batch = tiny.dataset().train_batch(0, seed=0)
     if recorded is not None:
         batch = ReplayBatch(*batch, recorded)
-    run = jax.jit(jax.value_and_grad(call, has_aux=True), compiler_options=FAST)
+    run = jax.jit(jax.value_and_grad(call, has_aux=True))
     return run(params, state, batch, jax.random.key(3))
 
 

@@ -16,7 +16,6 @@ from moejax.training.step import loss_fn, train_step
 from tests import tiny
 
 BIAS_RATE = tiny.LOSS_FREE["bias_rate"]
-FAST = {"xla_backend_optimization_level": 0}
 
 
 def first_state(config, optimizer):
@@ -24,7 +23,7 @@ def first_state(config, optimizer):
     init = functools.partial(
         init_state, config=config, vocab_size=tiny.VOCABULARY, optimizer=optimizer
     )
-    state = jax.jit(init, compiler_options=FAST)(7)
+    state = jax.jit(init)(7)
     if state.router_state is not None:
         bias_LE = np.random.default_rng(0).normal(0, 0.1, state.router_state.shape)
         state = state._replace(router_state=jnp.asarray(bias_LE, jnp.float32))
@@ -59,7 +58,7 @@ def compiled_step(arm, accumulation, grid):
     graph = make_graph(config, tiny.VOCABULARY)
     step = functools.partial(train_step, graph=graph, config=config, optimizer=optax.sgd(1.0))
     where = shardings(start_of(arm), grid)
-    jitted = jax.jit(step, out_shardings=(where, None), compiler_options=FAST)
+    jitted = jax.jit(step, out_shardings=(where, None))
 
     def run(state, batch):
         with jax.set_mesh(grid):
@@ -166,7 +165,7 @@ def loss_of():
     def compiled(weights):
         config = tiny.tiny(router=tiny.LOSS_FREE, balance=dict(weights))
         call = functools.partial(loss_fn, graph=make_graph(config, tiny.VOCABULARY), config=config)
-        return jax.jit(call, compiler_options=FAST)
+        return jax.jit(call)
 
     def call(weights, params, bias_LE):
         key = jax.random.key(0)
@@ -222,7 +221,7 @@ def test_the_gradient_of_the_weighted_losses_reaches_the_router(state):
         for path, leaf in jax.tree.leaves_with_path(state.params)
         if path[-1].key == "w_router_DE"
     )
-    value = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)
+    value = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (total, plain), grad_LDE = value(jnp.asarray(w_router_LDE))
     assert total - plain > 3.0  # load_balance is at least about 1
     h = 3e-4 / float(jnp.linalg.norm(grad_LDE))  # small: a changed choice is a jump

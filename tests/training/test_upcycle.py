@@ -26,8 +26,6 @@ from moejax.training.upcycle import check_upcycle, upcycle, upcycle_state
 from tests import tiny
 from tests.model.tiny import VOCAB, graph_of, tiny_config, tokens
 
-FAST = {"xla_backend_optimization_level": 0}
-
 
 def filled(tree):
     """Random arrays of these shapes: no model is initialised, which would take seconds."""
@@ -46,7 +44,7 @@ def params_of(config: Config, vocab: int = VOCAB):
 
 
 def logits(config: Config, params) -> jax.Array:
-    run = jax.jit(lambda p: nnx.merge(graph_of(config), p)(tokens())[0], compiler_options=FAST)
+    run = jax.jit(lambda p: nnx.merge(graph_of(config), p)(tokens())[0])
     return run(params)
 
 
@@ -107,7 +105,7 @@ def layer_of(new: Config, old: Config):
         y_BSD, _ = nnx.merge(nnx.graphdef(moe), of_moe)(x_BSD)
         return y_BSD, nnx.merge(nnx.graphdef(ffn), of_ffn)(x_BSD)
 
-    y_BSD, dense_BSD = jax.jit(both, compiler_options=FAST)(first(made), first(dense))
+    y_BSD, dense_BSD = jax.jit(both)(first(made), first(dense))
     return x_BSD, first(made)["w_router_DE"], y_BSD, dense_BSD
 
 
@@ -213,7 +211,7 @@ def test_copies_diverge_after_one_step() -> None:
     state = upcycle_state(dense, fresh, old, new)
     graph = make_graph(new, tiny.VOCABULARY)
     step = functools.partial(train_step, graph=graph, config=new, optimizer=optimizer)
-    after, _ = jax.jit(step, compiler_options=FAST)(state, tiny.dataset().train_batch(0, seed=0))
+    after, _ = jax.jit(step)(state, tiny.dataset().train_batch(0, seed=0))
 
     def apart(state) -> float:
         w_LEDF = state.params["stacks"][0]["blocks"][0]["feed_forward"]["w_in_EDF"]
