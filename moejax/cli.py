@@ -1,14 +1,16 @@
 """`moejax VERB ...`: the same mains as `python -m moejax.VERB`, and how all of them report bad
 input."""
 
-import importlib
+import importlib.util
 import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from absl import flags
+from ml_collections import config_flags
 
 from moejax.names import did_you_mean
 
@@ -34,29 +36,59 @@ def main() -> None:
         sys.exit(0 if asked and asked[0] in ("-h", "--help", "help") else 2)
     verb = sys.argv.pop(1)
     sys.argv[0] = f"moejax {verb}"
-    module = importlib.import_module(f"moejax.{verb}")
-    run(module.main)
+    run(importlib.import_module(module_of(verb)).main)
 
 
-def with_experiments(argv: list[str]) -> None:
-    """A positional experiment becomes --config=, and its folder's parent importable. Edits argv.
+def module_of(verb: str) -> str:
+    """The module whose main is a verb's; of a package, what `python -m` runs."""
+    spec = importlib.util.find_spec(f"moejax.{verb}")
+    package = spec is not None and spec.submodule_search_locations is not None
+    return f"moejax.{verb}" + (".__main__" if package else "")
+
+
+def experiment_of(argv: list[str]) -> str:
+    """Takes PATH:SCALE, bare or as --config=, out of the arguments; "" = there is none."""
+    for i, argument in enumerate(argv[1:], start=1):
+        if argument in ("--config", "-config") and argv[i + 1 :]:
+            return (argv.pop(i), argv.pop(i))[1]
+        path = re.sub("^--?config=", "", argument)
+        if path != argument or (path.partition(":")[0].endswith(".py") and path[0] != "-"):
+            return (argv.pop(i), path)[1]
+    return ""
+
+
+def load_experiment(path: str) -> ModuleType:
+    """Import an experiment file by its path; its folder's parent becomes importable.
 
     Raises:
-      FileNotFoundError: no such experiment file, with the nearest of its folder.
+      FileNotFoundError: no such file, with the nearest of its folder.
     """
-    for i, argument in enumerate(argv[:-1]):
-        if argument in ("--config", "-config"):
-            argv[i : i + 2] = [f"--config={argv[i + 1]}"]
-    for i, argument in enumerate(argv[1:], start=1):
-        path = Path(argument.removeprefix("--config=").partition(":")[0])
-        if path.suffix != ".py":
-            continue
-        if not path.is_file():
-            there = (str(file) for file in sorted(path.parent.glob("*.py")))
-            raise FileNotFoundError(f"no experiment file {path}{did_you_mean(str(path), there)}")
-        sys.path.insert(0, str(path.absolute().parent.parent))
-        if not argument.startswith("-"):
-            argv[i] = f"--config={argument}"
+    if not Path(path).is_file():
+        there = (str(file) for file in sorted(Path(path).parent.glob("*.py")))
+        raise FileNotFoundError(f"no experiment file {path}{did_you_mean(path, there)}")
+    sys.path.insert(0, str(Path(path).absolute().parent.parent))
+    spec = importlib.util.spec_from_file_location(f"experiment_{Path(path).stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def define_config(experiment: str, argv: list[str]) -> None:
+    """The experiment's config as the flag --config, whose keys are flags of their own.
+
+    A router that is named on the command line brings its options before those are looked at.
+    """
+    from moejax.config import override
+
+    path, _, scale = experiment.partition(":")
+    module = load_experiment(path)
+    config = module.get_config(*([scale] if scale else []))
+    for argument in argv:
+        name = re.sub("^--?config.router.name=", "", argument)
+        if name != argument:
+            config = override(config, {"router.name": name})
+    config_flags.DEFINE_config_dict("config", config, "--config.KEY=VALUE overrides", sys_argv=argv)
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -65,8 +97,11 @@ def parse(argv: list[str]) -> list[str]:
     Raises:
       ValueError: an unknown flag or config key, a value of another type, an experiment that fails.
     """
-    with_experiments(argv)
+    experiment = experiment_of(argv)
     try:
+        if experiment:
+            define_config(experiment, argv)
+            flags.DEFINE_string("experiment", experiment, "where the config came from")
         return flags.FLAGS(argv)[1:]
     except (AttributeError, KeyError) as error:  # ml_collections, of an unknown key
         raise ValueError(_unknown_key(str(error.args[0]), argv)) from error
@@ -80,6 +115,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
     MOEJAX_TRACEBACK=1 shows where an error came from.
     """
+    if {"--help", "-h"} & set(sys.argv):
+        print(sys.modules[main.__module__].__doc__, _flags_of(main.__module__), sep="\n")
+        sys.exit(0)
     try:
         sys.exit(main(parse(sys.argv)) or 0)
     except (ValueError, OSError) as error:
@@ -87,6 +125,11 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _flags_of(module: str) -> str:
+    known = flags.FLAGS
+    return known.main_module_help() if module == "__main__" else known.module_help(module)
 
 
 def _unknown_key(text: str, argv: list[str]) -> str:

@@ -7,37 +7,32 @@ here and some on another machine (--variants), then `moejax report DIR DIR ...` 
 """
 
 import dataclasses
-import importlib.util
 import json
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from moejax import cli
 from moejax.config import Config, override
 from moejax.reporting import Suite, load, write_report
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "experiment file with get_suite, and after ':' its scale"
-)
 OUT = flags.DEFINE_string("out", None, "output folder; default runs/EXPERIMENT/SCALE")
 VARIANTS = flags.DEFINE_list("variants", [], "only these variants")
 SEEDS = flags.DEFINE_list("seeds", [], "these seeds instead of the experiment's")
 
 
 def main(arguments: list[str]) -> int:
-    if arguments or CONFIG.value is None:
+    if arguments or "config" not in flags.FLAGS:
         raise ValueError("usage: moejax compare experiments/FILE.py:SCALE [--out=DIR]")
-    path, _, scale = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    path, _, scale = flags.FLAGS.experiment.partition(":")
     suite = load_suite(path, scale)
     if SEEDS.value:
         suite = dataclasses.replace(suite, seeds=parse_seeds(SEEDS.value))
     out = Path(OUT.value or f"runs/{suite.name}/{suite.scale}")
-    configs = plan(suite, CONFIG.value, VARIANTS.value)
+    configs = plan(suite, flags.FLAGS.config, VARIANTS.value)
     from moejax.sharding import check_batch, make_mesh
     from moejax.training.checkpoint import check_claim, claim
     from moejax.training.loop import Stopped
@@ -82,21 +77,10 @@ def load_suite(path: str, scale: str) -> Suite:
     Raises:
       ValueError: no such file, or a file without get_suite.
     """
-    module = load_experiment(path)
+    module = cli.load_experiment(path)
     if not hasattr(module, "get_suite"):
         raise ValueError(f"{path} has no get_suite(scale): it is a single run, for `moejax train`")
     return module.get_suite(scale)
-
-
-def load_experiment(path: str) -> ModuleType:
-    """Import an experiment file by its path."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no experiment file {path}")
-    spec = importlib.util.spec_from_file_location(f"experiment_{Path(path).stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def plan(suite: Suite, base: ConfigDict, only: list[str]) -> dict[str, Config]:

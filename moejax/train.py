@@ -1,18 +1,16 @@
-"""Train one config: python -m moejax.train --config=experiments/switch.py:smoke
---workdir=/tmp/switch"""
+"""Train one config: moejax train experiments/switch.py:smoke --workdir=/tmp/switch
+
+After the ':' of an experiment file stands its scale; --config.KEY=VALUE overrides any of its keys.
+"""
 
 import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from moejax import cli
 from moejax.config import Config
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "experiment file, and after ':' its scale; --config.KEY=VALUE overrides"
-)
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "where checkpoints and metrics go; resumed if it is this run's"
 )
@@ -21,9 +19,9 @@ WORKDIR = flags.DEFINE_string(
 def main(arguments: list[str]) -> int:
     if arguments:
         raise ValueError(f"unknown argument {arguments[0]!r}; overrides are --config.KEY=VALUE")
-    if CONFIG.value is None or WORKDIR.value is None:
+    if "config" not in flags.FLAGS or WORKDIR.value is None:
         raise ValueError("--config=experiments/FILE.py:SCALE and --workdir=DIR are needed")
-    config = Config.from_dict(CONFIG.value)
+    config = Config.from_dict(flags.FLAGS.config)
     from moejax.training.loop import Stopped, train  # here: a typo should not wait for JAX
     from moejax.training.meter import NonFiniteLoss
 

@@ -12,9 +12,6 @@ from moejax import cli
 from moejax.training.records import read_records
 from tests import tiny
 
-# ml_collections loads config files in a way that Python means to drop.
-pytestmark = pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning")
-
 EXPERIMENT = """
 from moejax.config import default_config, override
 from moejax.reporting import Claim, Suite, less
@@ -68,7 +65,7 @@ def forget_flags():
     known = flags.FLAGS
     for name in list(known):
         module = known.find_module_defining_flag(name) or ""
-        if module.startswith("moejax") or name.partition(".")[0] == "config":
+        if module.startswith("moejax") or name.partition(".")[0] in ("config", "experiment"):
             delattr(known, name)
 
 
@@ -82,7 +79,7 @@ def moejax(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["moejax", *map(str, argv)])
         capsys.readouterr()
         if argv and argv[0] in cli.VERBS:
-            name = f"moejax.{argv[0]}"
+            name = cli.module_of(argv[0])
             if name in sys.modules:
                 importlib.reload(sys.modules[name])
         with pytest.raises(SystemExit) as caught:
@@ -110,6 +107,7 @@ WRONG = [
     (["--config.train.steps=many"], ["train.steps", "many"]),
     (["--config.router.k=9", "--config.router.name=topk"], ["router.k"]),
     (["--config.moe.experts=0.5"], ["moe.experts", "0.5"]),
+    (["--config.router.name=topk", "--config.router.bias_rat=2"], ["unknown config key"]),
     (["--config.router.name=swich"], ["unknown router 'swich'; did you mean 'switch'?"]),
     (["--config.data.batch=12"], ["batch 12 is not divisible by data x fsdp x expert = 8"]),
     (["--config.train.accumulation=3"], ["data.batch=8 is not divisible by train.accumulation=3"]),
@@ -201,10 +199,21 @@ def test_without_a_verb_all_verbs_are_listed(moejax):
     assert moejax("--help")[0] == 0
 
 
-def test_every_verb_is_a_module_with_a_main():
-    for verb in cli.VERBS:
-        spec = importlib.util.find_spec(f"moejax.{verb}")
-        assert spec is not None, verb
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_says_how_it_is_called(moejax, verb):
+    code, out, err = moejax(verb, "--help")
+    assert (code, err) == (0, "")
+    assert f"moejax {verb}" in out
+    assert verb not in ("train", "compare") or ("--workdir" in out) == (verb == "train")
+
+
+def test_a_router_named_on_the_command_line_brings_its_options(moejax, experiment, tmp_path):
+    named = ["--config.router.name=loss_free", "--config.router.bias_rate=0.5"]
+    wrong = "--config.data.batch=12"  # refused after the router was read
+    answer = moejax("train", experiment, f"--workdir={tmp_path}/run", *named, wrong)
+    assert_refused(answer, "batch 12 is not divisible")
+    answer = moejax("train", experiment, f"--workdir={tmp_path}/run", *named[1:])
+    assert_refused(answer, "unknown config key router.bias_rate")
 
 
 def finished(out):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import base
-from moejax.compare import load_experiment, plan
+from moejax.cli import load_experiment
+from moejax.compare import plan
 from moejax.config import Config
 from moejax.data import Batch
 from moejax.model.size import model_size

@@ -1,4 +1,4 @@
-"""Prepares a corpus ahead of a run and shows what is in it: python -m moejax.data --name=text
+"""Prepare a corpus ahead of a run and show what is in it: moejax data --name=text
 
 With --download, one of TFDS's own corpora is fetched first, which needs the network.
 """
