@@ -5,12 +5,15 @@ from absl import flags
 from moejax import cli
 from moejax.causality import Dependence, dependence
 from moejax.moe import MoeOptions
-from moejax.routing import ROUTERS, hyperparameters, make_router
+from moejax.routing import ROUTERS, RouterSpec, hyperparameters, make_router
 
 MARKDOWN = flags.DEFINE_bool("markdown", False, "as a Markdown table, as the README shows it")
 CAUSALITY = flags.DEFINE_bool("causality", False, "on which other tokens an output depends")
 
-COLUMNS = ("router", "who chooses", "weight", "balance", "options", "paper", "checked against")
+COLUMNS = (
+    *("router", "who chooses", "weight", "balance", "causal", "droppable"),
+    *("options", "paper", "checked against"),
+)
 _EXPERTS = 8
 # Column: (capacity factor, groups, training).
 SETTINGS: dict[str, tuple[float | None, str, bool]] = {
@@ -29,12 +32,25 @@ def rows() -> list[tuple[str, ...]]:
             spec.chooses,
             spec.weight,
             spec.balance,
+            causal(spec),
+            "yes" if droppable(spec) else "no",
             ", ".join(hyperparameters(name)),
             spec.paper,
             spec.checked,
         )
         for name, spec in ROUTERS.items()
     ]
+
+
+def causal(spec: RouterSpec) -> str:
+    """Whether a token's experts are its own affair, as long as nothing drops."""
+    return {"token": "yes", "batch": "in evaluation", "expert": "no"}[spec.chooses]
+
+
+def droppable(spec: RouterSpec) -> bool:
+    """Whether a crowd at one expert loses assignments at a capacity factor of 1. Not where experts
+    take their fair share themselves, nor where all experts are listed for all tokens."""
+    return not (spec.every_expert or spec.chooses == "expert")
 
 
 def causality_rows() -> list[tuple[str, ...]]:

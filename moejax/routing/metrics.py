@@ -121,11 +121,16 @@ def sequence_balance(
     return prob_BSE.shape[-1] * (share_BE * mean_BE).sum(-1), valid_BS.any(-1)
 
 
+def utilisation(load_E: jax.Array) -> jax.Array:
+    """Each expert's load over the mean of the last axis: 1 = its fair share, 0 = dead."""
+    load_E = load_E.astype(jnp.float32)
+    return load_E / jnp.maximum(load_E.mean(-1, keepdims=True), 1e-9)
+
+
 def max_vio(load_E: jax.Array) -> jax.Array:
     """Maximal violation max n / mean n - 1 over the last axis; 0 at balance (Wang et al. 2024, eq.
     4)."""
-    load_E = load_E.astype(jnp.float32)
-    return load_E.max(-1) / jnp.maximum(load_E.mean(-1), 1e-9) - 1.0
+    return utilisation(load_E).max(-1) - 1.0
 
 
 def coefficient_of_variation(load_E: jax.Array) -> jax.Array:

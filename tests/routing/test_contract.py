@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.dispatch import make_plan, route
+from moejax.dispatch import Plan, make_plan, route
+from moejax.routers import droppable
 from moejax.routing import (
     ROUTERS,
     LayerSize,
@@ -101,6 +102,11 @@ def measured(losses: tuple[str, ...], r: RouterInput, routing: Routing):
     return stats, balance_losses(jax.tree.map(lambda a: a[None], stats), dict.fromkeys(losses, 1.0))
 
 
+@jax.jit
+def planned(routing: Routing) -> Plan:
+    return make_plan(routing, 1.0)
+
+
 def run(name: str, logits_TE, valid_T, token_T=TOKEN_T, order_E=SAME_E):
     """The routing, its dense form, its statistics and its losses."""
     routing, dense_TE, _ = routed(name, logits_TE, valid_T, token_T, order_E)
@@ -152,6 +158,17 @@ def test_load_counts_every_choice_of_every_real_token(name: str, valid_T) -> Non
     np.testing.assert_array_equal(stats.load_E, (np.asarray(dense_TE) > 0).sum(0))
     np.testing.assert_array_equal(stats.load_E, stats.kept_E)  # no capacity, no drops
     assert int(stats.tokens) == real
+
+
+@every_router
+def test_a_crowd_drops_where_the_catalogue_says_so(name: str) -> None:
+    logits_TE = LOGITS_TE.at[:, 1].add(8.0)
+    token_T = jnp.full(TOKENS, 3)  # for hash, the same one
+    routing, *_ = routed(name, logits_TE, ALL_T, token_T, SAME_E)
+    dropped = int((routing.expert_N < EXPERTS).sum() - planned(routing).load_E.sum())
+    # The defaults of some list as many assignments as there are pairs, when experts are four.
+    room_for_all = routing.token_N.shape[0] == TOKENS * EXPERTS
+    assert (dropped > 0) == (droppable(ROUTERS[name]) and not room_for_all)
 
 
 @every_router

@@ -108,7 +108,7 @@ FULL = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
 MESHES = [
     ("loss_free", MeshConfig(data=8)),
     ("switch", MeshConfig(data=2, fsdp=2, expert=2)),
-    *((arm, FULL) for arm in tiny.ARMS),
+    *((arm, FULL) for arm in tiny.ARMS if arm != "gshard"),  # which is as switch
 ]
 
 
@@ -121,7 +121,7 @@ def keys(path):
     return jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("arm", list(tiny.ARMS))
+@pytest.mark.parametrize("arm", [arm for arm, mesh in MESHES if mesh is FULL])
 def test_arrays_lie_on_the_mesh_as_the_table_says(arm):
     _, after, _, shards = stepped(arm, FULL)
     sizes = {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}
