@@ -59,9 +59,15 @@ def own_sum(stats: MoeStats, name: str, loss: str) -> jax.Array:
     return stats.own[name]
 
 
-def squared_cv(amount_E: jax.Array) -> jax.Array:
-    """Squared coefficient of variation, population variance / (mean^2 + 1e-10); 0 at balance."""
-    return amount_E.var() / (jnp.square(amount_E.mean()) + 1e-10)
+def squared_cv(amount_E: jax.Array, unbiased: bool = False) -> jax.Array:
+    """Squared coefficient of variation over the last axis, variance / (mean^2 + 1e-10); 0 at
+    balance.
+
+    Shazeer et al. 2017, 1701.06538, section 4. The population's variance; `unbiased` divides by
+    E - 1.
+    """
+    mean = amount_E.mean(-1)
+    return amount_E.var(-1, ddof=int(unbiased)) / (jnp.square(mean) + 1e-10)
 
 
 def importance(stats: MoeStats) -> jax.Array:

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from moejax.names import did_you_mean
+from moejax.routing.balance import squared_cv
+from moejax.routing.noisy import chance_above
 
 
 class Convention(NamedTuple):
@@ -261,8 +263,8 @@ def convention_loss(
         spread = [p] if "importance" in row.counts else []
         if "load" in row.counts:
             k = given["expert_LTK"].shape[-1]
-            spread.append(chosen_again(logits, given["noisy_LTE"], k, noise_std))
-        value_LP = jnp.stack([squared_variation(total(a), row.unbiased) for a in spread]).mean(0)
+            spread.append(chance_above(logits, given["noisy_LTE"], noise_std, k))
+        value_LP = jnp.stack([squared_cv(total(a), row.unbiased) for a in spread]).mean(0)
     real_LP = valid_LPT.any(-1)
     value_L = jnp.where(real_LP, value_LP, 0.0).sum(1) / jnp.maximum(real_LP.sum(1), 1)
     return value_L.sum() if row.layers == "sum" else value_L.mean()
@@ -313,29 +315,6 @@ def _cut(a_LT: jax.Array, scopes: int, concatenate: bool) -> jax.Array:
     if concatenate:
         a_LPT = jnp.swapaxes(a_LPT, 0, 1).reshape(1, scopes, -1, *rest)
     return a_LPT
-
-
-def squared_variation(a_E: jax.Array, unbiased: bool = False) -> jax.Array:
-    """CV^2: variance / mean^2 over the last axis; 0 at balance.
-
-    Shazeer et al. 2017, 1701.06538, section 4; `unbiased` divides by E - 1. The 1e-10 of theirs is
-    added to the mean's square.
-    """
-    mean = a_E.mean(-1)
-    variance = jnp.square(a_E - mean[..., None]).sum(-1) / (a_E.shape[-1] - unbiased)
-    return variance / (jnp.square(mean) + 1e-10)
-
-
-def chosen_again(
-    logits_TE: jax.Array, noisy_TE: jax.Array, k: int, noise_std: float | jax.Array
-) -> jax.Array:
-    """Phi((logit - kth noisy logit) / std): how likely fresh noise chooses each expert again.
-
-    Riquelme et al. 2021, 2106.05974, appendix A: the threshold is the K-th largest noisy logit of
-    the token, the expert itself among them. Differentiable, the threshold included.
-    """
-    kth_TK, _ = jax.lax.top_k(noisy_TE, k)
-    return jax.scipy.stats.norm.cdf((logits_TE - kth_TK[..., -1:]) / noise_std)
 
 
 def _check_loss(name: str, row: Convention, loss: str) -> None:

@@ -182,10 +182,12 @@ def vmoe(r: RouterInput, *, k: int = 2, order: str = "k_major") -> Routing:
     return routing._replace(sums=sums)
 
 
-def chance_above(logits_TE: jax.Array, noisy_TE: jax.Array, std: float, k: int) -> jax.Array:
+def chance_above(
+    logits_TE: jax.Array, noisy_TE: jax.Array, std: float | jax.Array, k: int
+) -> jax.Array:
     """1 - Phi((threshold - logits) / std), the threshold being the token's K-th largest noisy logit
     of *all* experts (Riquelme et al. 2021, appendix A.2)."""
-    threshold_T1 = jax.lax.top_k(noisy_TE, k)[0][:, -1:]
+    threshold_T1 = jax.lax.top_k(noisy_TE, k)[0][..., -1:]
     return ndtr((logits_TE - threshold_T1) / std)
 
 

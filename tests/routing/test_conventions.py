@@ -10,15 +10,14 @@ import pytest
 
 from moejax.dispatch import make_plan
 from moejax.routing import RouterInput, moe_stats
-from moejax.routing.balance import balance_losses
+from moejax.routing.balance import balance_losses, squared_cv
 from moejax.routing.conventions import (
     CONVENTIONS,
-    chosen_again,
     convention_loss,
-    squared_variation,
     to_moejax,
     value_at_balance,
 )
+from moejax.routing.noisy import chance_above
 from moejax.routing.token_choice import topk
 from tests.oracle import case, check
 
@@ -154,13 +153,13 @@ def test_losses_of_vmoe() -> None:
     check(found, "importance", loss("vmoe_importance"))
     logits_TE, std = given["load_logits_TE"], float(given["load_noise_std"])
     noisy_TE = logits_TE + given["load_noise_TE"]
-    again_TE = chosen_again(logits_TE, noisy_TE, 2, std)
-    check(found, "load", squared_variation(again_TE.mean(0)))
+    again_TE = chance_above(logits_TE, noisy_TE, std, 2)
+    check(found, "load", squared_cv(again_TE.mean(0)))
     noisy = {"logits_LTE": logits_TE[None], "noisy_LTE": noisy_TE[None], "noise_std": std}
     noisy["expert_LTK"] = chosen(noisy_TE[None])
     check(found, "load", convention_loss("vmoe_load", **noisy))
     # The pair is the mean of both, here of the same tokens.
-    importance = squared_variation(jax.nn.softmax(logits_TE).sum(0))
+    importance = squared_cv(jax.nn.softmax(logits_TE).sum(0))
     want = (importance + found["expected"]["load"]) / 2
     assert convention_loss("vmoe", **noisy) == pytest.approx(float(want), rel=1e-5)
 
@@ -168,8 +167,8 @@ def test_losses_of_vmoe() -> None:
 def test_variation_by_hand() -> None:
     # (1, 2, 3): mean 2, variance 2/3 of E, 1 of E - 1.
     a_E = jnp.asarray([1.0, 2.0, 3.0])
-    assert squared_variation(a_E) == pytest.approx(2 / 3 / 4)
-    assert squared_variation(a_E, unbiased=True) == pytest.approx(1 / 4)
+    assert squared_cv(a_E) == pytest.approx(2 / 3 / 4)
+    assert squared_cv(a_E, unbiased=True) == pytest.approx(1 / 4)
 
 
 def balanced() -> dict[str, jax.Array]:
