@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from moejax.config import MeshConfig
 from moejax.dispatch import Experts
 from moejax.moe import MoeOptions, MoeParams, moe
-from moejax.routing import LayerSize, make_router
+from moejax.routing import ROUTERS, LayerSize, make_router
 from moejax.sharding import BATCH_AXES, SHARDINGS, make_mesh
 
 ROWS, LENGTH, DIM, FFN, EXPERTS = 8, 6, 8, 12, 8
@@ -35,6 +35,9 @@ CASES = {
     "expert choice dropless": ("expert_choice", {"k": 2}, "dropless", None, "position"),
     "einsum": ("topk", {"k": 2}, "einsum", 1.0, "sequence"),
 }
+COVERED = {router for router, *_ in CASES.values()}
+EVERY = [name for name in ROUTERS if name not in COVERED]
+CASES |= {name: (name, {}, "dropless", None, "batch") for name in EVERY}
 
 
 def normal(*shape: int) -> jax.Array:
@@ -48,6 +51,16 @@ PARAMS = MoeParams(
 X_BSD = normal(ROWS, LENGTH, DIM).at[..., 0].set(1.0)  # a feature that makes all crowd at expert 1
 COTANGENT_BSD = normal(ROWS, LENGTH, DIM)
 VALID_BS = jnp.asarray(RANDOM.random((ROWS, LENGTH)) < 0.8)
+VOCAB = 16
+TOKEN_BS = jnp.asarray(RANDOM.integers(0, VOCAB, (ROWS, LENGTH)), jnp.int32)
+
+
+def params(name: str) -> MoeParams:
+    columns = make_router(*CASES[name][:2]).columns(EXPERTS)
+    if not columns:
+        return PARAMS
+    extra_DX = np.random.default_rng(1).normal(size=(DIM, columns)) / DIM
+    return PARAMS._replace(w_extra_DX=jnp.asarray(extra_DX, jnp.float32))
 
 
 @functools.cache
@@ -56,39 +69,50 @@ def compiled_layer(name: str, mesh: MeshConfig):
     router, options, dispatch, factor, groups = CASES[name]
     made = make_router(router, options)
     layer = MoeOptions(made, dispatch, "swiglu", factor, groups)
-    state = made.init(LayerSize(EXPERTS))
+    state = made.init(LayerSize(EXPERTS, DIM, VOCAB, jnp.arange(1.0, VOCAB + 1)))
     size = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor
     grid = make_mesh(mesh, jax.devices()[:size])
 
     def run(p: MoeParams, x_BSD: jax.Array, valid_BS: jax.Array):
         def loss(p: MoeParams, x_BSD: jax.Array):
-            y_BSD, stats = moe(p, x_BSD, options=layer, valid_BS=valid_BS, state=state)
+            y_BSD, stats = moe(
+                *(p, x_BSD),
+                options=layer,
+                valid_BS=valid_BS,
+                token_BS=TOKEN_BS,
+                key=jax.random.key(0),
+                state=state,
+            )
             return (y_BSD * COTANGENT_BSD).sum(), (y_BSD, stats)
 
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(p, x_BSD)
 
     tokens = NamedSharding(grid, P(BATCH_AXES))
     weights = (NamedSharding(grid, SHARDINGS[w]) for w in ("w_in_EDF", "w_out_EFD", "w_gate_EDF"))
-    where = (MoeParams(NamedSharding(grid, P()), Experts(*weights)), tokens, tokens)
+    p, whole = params(name), NamedSharding(grid, P())
+    extra = None if p.w_extra_DX is None else whole
+    where = (MoeParams(whole, Experts(*weights), extra), tokens, tokens)
     jitted = jax.jit(run)
     with jax.set_mesh(grid):
-        arguments = jax.device_put((PARAMS, X_BSD, VALID_BS), where)
+        arguments = jax.device_put((p, X_BSD, VALID_BS), where)
         return jitted.lower(*arguments).compile(), where
 
 
 @functools.cache
 def result(name: str, mesh: MeshConfig, crowd: float):
     compiled, where = compiled_layer(name, mesh)
-    p = PARAMS._replace(w_router_DE=PARAMS.w_router_DE.at[0, 1].add(crowd))
+    p = params(name)._replace(w_router_DE=PARAMS.w_router_DE.at[0, 1].add(crowd))
     return jax.device_get(compiled(*jax.device_put((p, X_BSD, VALID_BS), where)))
 
 
-# Every case on two meshes, one of each dispatch on all.
+# One case of each dispatch on all meshes, the others of the list on two, all other routers on one.
 PAIRS = [
     (name, mesh)
     for name in CASES
     for mesh in MESHES
-    if mesh in ("expert=8", "fsdp=2 expert=2 tensor=2") or name in ("switch", "top-3")
+    if name in ("switch", "top-3")
+    or mesh == "fsdp=2 expert=2 tensor=2"
+    or (mesh == "expert=8" and name not in EVERY)
 ]
 
 
