@@ -4,8 +4,11 @@ What a run computes, it computes on all of them; what it writes, `first` writes 
 of them is told, `Told` makes known to all at the same step.
 """
 
+import contextlib
 import os
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -39,8 +42,8 @@ def join(
       wait: seconds to wait for all of them.
 
     Raises:
-      ValueError: some of the three given and others not, an id out of range, or processes that did
-        not come.
+      ValueError: some of the three given and others not, an id out of range, or an address where
+        nothing can listen. Where processes do not come, this one ends with exit code 2.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -53,21 +56,41 @@ def join(
         raise ValueError(f"--process_id={process_id} is not one of --num_processes={num_processes}")
     # Its handler would swallow a SIGTERM that comes before training does: `Told` serves the rest.
     jax.config.update("jax_enable_preemption_service", False)
+    whom = f"all of --num_processes={num_processes}" if num_processes else "all of the cluster's"
+    late = f"not {whom} processes came to {coordinator or 'meet'} within --wait={wait} s"
+    with _no_longer_than(wait, late):
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                cluster_detection_method=None if missing else "deactivate",
+                initialization_timeout=wait + LEAVING,  # after ours: its own would abort
+                heartbeat_timeout_seconds=HEARTBEAT,
+                shutdown_timeout_seconds=LEAVING,
+            )
+        except ValueError as error:
+            if "coordinator_address should be defined" not in str(error):
+                raise
+        except RuntimeError as error:
+            raise ValueError(f"the processes did not meet: {error}") from error
+
+
+@contextlib.contextmanager
+def _no_longer_than(seconds: float, message: str) -> Iterator[None]:
+    """Ends the process with an error where the body, which may hang outside of Python, lasts."""
+
+    def end() -> None:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
     try:
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            cluster_detection_method=None if missing else "deactivate",
-            initialization_timeout=wait,
-            heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=LEAVING,
-        )
-    except ValueError as error:
-        if "coordinator_address should be defined" not in str(error):
-            raise
-    except RuntimeError as error:
-        raise ValueError(f"the processes did not meet: {error}") from error
+        yield
+    finally:
+        timer.cancel()
 
 
 def check_agree(**values: str) -> None:
