@@ -84,6 +84,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, SHARDINGS["batch_B"])
 
 
+def local_rows(batch: int, mesh: Mesh) -> np.ndarray:
+    """The rows of a global batch that lie on this process's devices, in order: int [rows].
+
+    Processes that only share weights hold the same rows; all together they hold every row.
+    """
+    shards = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
+    return np.unique(np.concatenate([np.arange(batch)[shard] for shard in shards]))
+
+
 def param_shardings(params: Any, mesh: Mesh) -> Any:
     """A NamedSharding for each parameter, looked up by the last part of its path.
 

@@ -1,10 +1,14 @@
 """Train one config: moejax train experiments/switch.py:smoke --workdir=/tmp/switch
 
 After the ':' of an experiment file stands its scale; --config.KEY=VALUE overrides any of its keys.
+
+Several processes train one run together: the same command on each. A TPU slice, a Kubernetes job
+and Slurm tell them who they are; elsewhere --coordinator, --num_processes and --process_id do.
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -14,6 +18,12 @@ from moejax.config import Config
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "where checkpoints and metrics go; resumed if it is this run's"
 )
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, where the cluster does not say"
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes in all")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+WAIT = flags.DEFINE_integer("wait", 300, "seconds to wait for all processes to start", 1)
 
 
 def main(arguments: list[str]) -> int:
@@ -24,19 +34,25 @@ def main(arguments: list[str]) -> int:
     config = Config.from_dict(flags.FLAGS.config)
     from moejax.training.loop import Stopped, train  # here: a typo should not wait for JAX
     from moejax.training.meter import NonFiniteLoss
+    from moejax.training.processes import first, join
 
+    join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, WAIT.value)
     try:
         summary = train(config, Path(WORKDIR.value))
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        first(print, stop, file=sys.stderr)
         return 0
     except NonFiniteLoss as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    first(_show, summary)
+    return 0
+
+
+def _show(summary: dict[str, Any]) -> None:
     domains = summary["eval"]["bpb_domain"].items()
     print(f"bits per byte {summary['bpb']:.4f}:  " + "  ".join(f"{n} {b:.4f}" for n, b in domains))
     print(f"{summary['step']} steps in {summary['seconds']:.0f} s, in {WORKDIR.value}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -122,10 +122,10 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def environment(cache: Path | None = None) -> dict[str, str]:
-    """Of a process on one simulated device that compiles fast, or hardly at all with a cache."""
+def environment(cache: Path | None = None, devices: int = 1) -> dict[str, str]:
+    """Of a process on simulated devices that compiles fast, or hardly at all with a cache."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-    env |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    env |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     if cache is not None:
         env["JAX_COMPILATION_CACHE_DIR"] = str(cache)
@@ -133,12 +133,12 @@ def environment(cache: Path | None = None) -> dict[str, str]:
     return env
 
 
-def start(*arguments: str, cache: Path | None = None) -> subprocess.Popen[str]:
+def start(*arguments: str, cache: Path | None = None, devices: int = 1) -> subprocess.Popen[str]:
     """A real process: `python ARGUMENTS` in the repository."""
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=environment(cache),
+        env=environment(cache, devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -26,6 +26,8 @@ from moejax.names import did_you_mean
 THREADS = 2  # cutting a batch takes well under a millisecond
 PREFETCHED_BATCHES = 8
 
+Share = slice | np.ndarray  # rows of a global batch
+
 
 def open_dataset(config: DataConfig, progress: bool = True) -> TextDataset:
     """Opens the corpus of a config, preparing it on first use; `progress` shows that on stderr.
@@ -138,17 +140,14 @@ class TextDataset:
         *,
         seed: int,
         batch: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: Share = slice(None),
     ) -> Batch:
-        """Returns this process's rows of the global batch that begins at row `position`.
+        """Returns the global batch that begins at row `position`, or a share of its rows.
 
-        Processes take contiguous shares, in order: their rows one after another are the global
-          batch.
-        batch: rows of the global batch, 0 for the config's.
+        batch: rows of the global batch, 0 for the config's. share: which of them, numbers from 0 to
+        batch - 1: several processes read each their own.
         """
-        steps = self._steps(position, seed, batch, process_index, process_count)
-        return steps[0][0]
+        return self._steps(position, seed, batch, share)[0][0]
 
     def train_batches(
         self,
@@ -156,20 +155,16 @@ class TextDataset:
         *,
         seed: int,
         batch: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: Share = slice(None),
     ) -> Iterator[tuple[Batch, int]]:
         """Returns an endless iterator of (batch, next position), read ahead by threads.
 
         The same rows as train_batch; started again at a position that it yielded, it goes on there.
         """
-        return read_ahead(self._steps(position, seed, batch, process_index, process_count))
+        return read_ahead(self._steps(position, seed, batch, share))
 
-    def _steps(
-        self, position: int, seed: int, batch: int, process_index: int, process_count: int
-    ) -> _Steps:
+    def _steps(self, position: int, seed: int, batch: int, share: Share) -> _Steps:
         batch = batch or self.config.batch
-        share = process_share(batch, process_index, process_count)
         if position < 0:
             raise ValueError(f"position {position} must be 0 or more rows")
         windows = self.windows[TRAIN]
@@ -181,8 +176,7 @@ class TextDataset:
         *,
         batch: int = 0,
         limit_rows: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: Share = slice(None),
     ) -> Sequence[Batch]:
         """Returns the validation rows, at most limit_rows of them (0: all), in a fixed order.
 
@@ -193,7 +187,7 @@ class TextDataset:
         if limit_rows < 0:
             raise ValueError(f"limit_rows {limit_rows} must be 0 (all) or more")
         order = balanced_order(windows.count_D, limit_rows)
-        return _Fixed(windows, order, batch, process_share(batch, process_index, process_count))
+        return _Fixed(windows, order, batch, share)
 
 
 def read_ahead(steps: _Steps) -> Iterator[tuple[Batch, int]]:
@@ -218,39 +212,28 @@ def training_order(windows: int, seed: int) -> Any:
     return grain.MapDataset.range(windows).shuffle(seed=mixed).repeat()
 
 
-def process_share(batch: int, process_index: int, process_count: int) -> slice:
-    """Returns the rows of a global batch that belong to one process."""
-    if batch < 1 or process_count < 1 or batch % process_count:
-        raise ValueError(f"batch {batch} is not divisible by {process_count} processes")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} is not below {process_count} processes")
-    rows = batch // process_count
-    return slice(process_index * rows, (process_index + 1) * rows)
-
-
 class _Steps(Sequence[tuple[Batch, int]]):
-    """Element k: one process's rows of the k-th batch from `position` on, and the position
-    after."""
+    """Element k: a share of the k-th batch from `position` on, and the position after."""
 
     def __init__(
-        self, windows: Windows, order: Any, position: int, batch: int, share: slice
+        self, windows: Windows, order: Any, position: int, batch: int, share: Share
     ) -> None:
-        self.windows, self.order, self.batch, self.share = windows, order, batch, share
-        self.position = position
+        self.windows, self.order, self.position, self.batch = windows, order, position, batch
+        self.rows = np.arange(batch)[share]
 
     def __len__(self) -> int:
         return (sys.maxsize - self.position) // self.batch
 
     def __getitem__(self, step: Any) -> Any:
         begin = self.position + step * self.batch
-        rows = [self.order[begin + row] for row in range(self.share.start, self.share.stop)]
+        rows = [self.order[begin + row] for row in self.rows.tolist()]
         return self.windows.rows(rows), begin + self.batch
 
 
 class _Fixed(Sequence[Batch]):
     """Batches of a finite order, cut when they are asked for."""
 
-    def __init__(self, windows: Windows, order: np.ndarray, batch: int, share: slice) -> None:
+    def __init__(self, windows: Windows, order: np.ndarray, batch: int, share: Share) -> None:
         self.windows, self.batch, self.share = windows, batch, share
         padding = np.full(-len(order) % batch, PADDED_ROW)
         self.order = np.concatenate([order, padding])

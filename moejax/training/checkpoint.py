@@ -157,8 +157,13 @@ def claim(workdir: Path, config: Config) -> None:
         return
     workdir.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(config.to_dict(), indent=2, default=_function_name))
+    partial.write_text(json.dumps(written_config(config), indent=2))
     partial.replace(path)
+
+
+def written_config(config: Config) -> dict[str, Any]:
+    """A config as config.json holds it: plain values, functions by their names."""
+    return json.loads(json.dumps(config.to_dict(), default=_function_name))
 
 
 def _check_same(path: Path, config: Config) -> None:
@@ -166,9 +171,9 @@ def _check_same(path: Path, config: Config) -> None:
         there = _flat(json.loads(path.read_text()))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}); choose another --workdir") from error
-    here = _flat(json.loads(json.dumps(config.to_dict(), default=_function_name)))
+    here = _flat(written_config(config))
     # A run older than a key has that key's default.
-    defaults = _flat(json.loads(json.dumps(Config().to_dict())))
+    defaults = _flat(written_config(Config()))
     there |= {key: defaults[key] for key in here if key not in there and key in defaults}
     for key in sorted({*there, *here} - _FREE):
         if there.get(key) != here.get(key):

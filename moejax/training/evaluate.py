@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moejax.config import Config
@@ -31,10 +30,7 @@ def evaluate(
     batches = [
         program.put(batch)
         for batch in dataset.validation_batches(
-            batch=config.data.batch,
-            limit_rows=rows,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            batch=program.batch, limit_rows=rows, share=program.rows
         )
     ]
     sums = _total(program.eval_step, state, batches, dataset.bytes_V)
@@ -72,7 +68,7 @@ def _total(
     bytes_V: np.ndarray,
 ) -> EvalSums:
     """The sums over all batches, on the host, in double precision and 64-bit integers."""
-    table = jnp.asarray(bytes_V, jnp.float32)
+    table = np.asarray(bytes_V, np.float32)
     total: Any = None
     for batch in batches:
         sums = jax.device_get(step(state.params, state.router_state, batch, table))

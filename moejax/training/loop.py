@@ -17,13 +17,20 @@ import jax
 
 from moejax.config import Config
 from moejax.data import TextDataset, open_dataset
-from moejax.data.dataset import process_share
+from moejax.data.storage import digest
 from moejax.sharding import check_batch, make_mesh
-from moejax.training.checkpoint import Checkpoints, check_claim, claim, has_checkpoint
+from moejax.training.checkpoint import (
+    Checkpoints,
+    check_claim,
+    claim,
+    has_checkpoint,
+    written_config,
+)
 from moejax.training.evaluate import evaluate
 from moejax.training.hardware import device_name, peak_flops
 from moejax.training.meter import Meter
 from moejax.training.optimizer import make_schedule
+from moejax.training.processes import Told, check_agree, first
 from moejax.training.program import Program, build_program
 from moejax.training.recording import Recorder, Recording, ReplayBatch
 from moejax.training.records import Progress, Records, read_records
@@ -46,17 +53,20 @@ def train(
 ) -> dict[str, Any]:
     """Train a config to its last step in `workdir`, from its newest checkpoint if there is one.
 
+    Where there are several processes, all of them call this, with one `workdir` that all see.
+
     Returns:
-      The contents of summary.json.
+      The contents of summary.json; {} on a process that does not write.
 
     Raises:
-      ValueError: a workdir of another run, or a mesh or batch that does not fit.
+      ValueError: a workdir of another run, a mesh or batch that does not fit, or processes that
+        were given different runs.
       NonFiniteLoss: the loss is NaN or infinite.
       Stopped: after SIGTERM or SIGINT, with everything saved.
     """
     started = time.perf_counter()
     workdir = Path(workdir)
-    progress = Progress(label, config.train.steps, quiet)
+    progress = first(Progress, label, config.train.steps, quiet)
     # These refuse before data is prepared, which may take a minute.
     make_schedule(config.optimizer, config.train.steps)
     check_batch(config.data.batch // config.train.accumulation, make_mesh(config.mesh))
@@ -68,9 +78,11 @@ def train(
     check_same_data(workdir, dataset)
     if recording is not None:
         recording.check_text(dataset.fingerprint)
+    # Here they meet: before, all have looked at the folder, and none has written to it.
+    check_agree(config=digest(written_config(config)), text=dataset.fingerprint)
     width = 0 if recording is None else recording.width
     program = build_program(config, dataset.vocab_size, len(dataset.domains), None, width)
-    claim(workdir, config)  # only now: a config that does not fit the machine leaves nothing behind
+    first(claim, workdir, config)  # a config that does not fit the machine leaves nothing behind
     if config.leaks:
         progress.say(f"warning: {_LEAK.format(config.router.label, config.moe.groups)}")
     run = _Run(config, workdir, dataset, program, progress, recording)
@@ -79,7 +91,7 @@ def train(
             run.loop(interrupted)
     finally:
         run.close()
-    return run.finish(time.perf_counter() - started)
+    return first(run.finish, time.perf_counter() - started) or {}
 
 
 class _Run:
@@ -104,18 +116,18 @@ class _Run:
             self.state, saved = self.checkpoints.restore(program.abstract_state)
             progress.say(f"resumed from step {int(self.state.step)}")
         self.bpb: float | None = saved["bpb"]
-        self.records = Records(workdir, int(self.state.step))
+        self.records = first(Records, workdir, int(self.state.step))
         # A replayed run reads the recorded run's rows; all else of it has its own seed.
         self.recording = recording
         self.seed = config.train.seed if recording is None else recording.seed
         self.recorder = None
         if config.train.record_routing:
             text, step = dataset.fingerprint, int(self.state.step)
-            self.recorder = Recorder(workdir, config, self.seed, text, step)
+            self.recorder = first(Recorder, workdir, config, self.seed, text, step)
         tokens = config.data.batch * config.data.sequence
         self.meter = Meter(tokens, tokens * program.size.flops, peak_flops(), saved["meter"])
         self.schedule = make_schedule(config.optimizer, config.train.steps)
-        _write_json(workdir / "run.json", provenance(config, dataset, program))
+        first(_write_json, workdir / "run.json", provenance(config, dataset, program))
 
     def first_state(self) -> TrainState:
         """At step 0, or as the dense run that `train.upcycle` names left it."""
@@ -137,15 +149,9 @@ class _Run:
 
     def loop(self, interrupted: list[int]) -> None:
         every, last = self.config.train, self.config.train.steps
-        first = int(self.state.step) + 1
-        batches = self.dataset.train_batches(
-            int(self.state.position),
-            seed=self.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        rows = process_share(self.config.data.batch, jax.process_index(), jax.process_count())
-        for step, (batch, position) in zip(range(first, last + 1), batches, strict=False):
+        start, rows, told = int(self.state.step) + 1, self.program.rows, Told()
+        batches = self.dataset.train_batches(int(self.state.position), seed=self.seed, share=rows)
+        for step, (batch, position) in zip(range(start, last + 1), batches, strict=False):
             given: Any = batch
             if self.recording is not None:
                 given = ReplayBatch(*batch, self.recording.step(step, position, rows))
@@ -155,9 +161,10 @@ class _Run:
             self.log(self.meter.push(step, position, metrics))
             if _due(step, every.eval_every, last):
                 self.evaluate(step)
-            if _due(step, every.checkpoint_every, last) or interrupted:
+            stop = told(bool(interrupted))
+            if _due(step, every.checkpoint_every, last) or stop:
                 self.save()
-            if interrupted and step < last:
+            if stop and step < last:
                 raise Stopped(f"saved at step {step} of {last}; the same command resumes")
 
     def log(self, step: int | None) -> None:
@@ -253,6 +260,7 @@ def provenance(config: Config, dataset: TextDataset, program: Program) -> dict[s
             **{name: metadata.version(name) for name in packages},
         },
         "device": device_name(),
+        "processes": jax.process_count(),
         "commit": _commit(),
         "data": {
             "name": config.data.name,

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moejax.config import Config, TrainConfig
 from moejax.data import Batch, DataConfig
 from moejax.model.size import Size, model_size
 from moejax.routing import Recorded
-from moejax.sharding import batch_sharding, check_batch, make_mesh
+from moejax.sharding import batch_sharding, check_batch, local_rows, make_mesh
 from moejax.training.optimizer import make_optimizer
 from moejax.training.recording import ReplayBatch, index_dtype
 from moejax.training.state import TrainState, init_state, make_graph, shardings
@@ -33,6 +34,8 @@ class Program:
       eval_step: (params, router_state, batch, bytes_V) -> EvalSums, as evaluation routes.
       eval_as_trained: the same, routed in the groups of training; None where they are the same.
       abstract_state: shapes, dtypes and shardings of the state.
+      batch: how many rows a global batch has.
+      rows: those of them that this process brings; see `local_rows`.
       size: of the model.
       compile_seconds: that it took to compile the training step.
     """
@@ -43,13 +46,24 @@ class Program:
     eval_as_trained: Callable[..., EvalSums] | None
     abstract_state: TrainState
     mesh: Mesh
+    batch: int
+    rows: np.ndarray
     size: Size
     compile_seconds: float
 
     def put(self, batch: Batch) -> Batch:
-        """This process's rows as part of the global batch on the devices."""
+        """The global batch on the devices, of which this process brings its `rows`."""
         sharding = batch_sharding(self.mesh)
-        return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), batch)
+
+        def place(a: np.ndarray) -> jax.Array:
+            def shard(index: Any) -> np.ndarray:  # of the global array
+                start, stop, _ = index[0].indices(self.batch)
+                first = int(self.rows.searchsorted(start))
+                return a[first : first + stop - start]
+
+            return jax.make_array_from_callback((self.batch, *a.shape[1:]), sharding, shard)
+
+        return jax.tree.map(place, batch)
 
 
 def build_program(
@@ -100,6 +114,7 @@ def _build(
     init = functools.partial(init_state, config=config, vocab_size=vocab_size, optimizer=optimizer)
     abstract = jax.eval_shape(init, 0)
     where = shardings(abstract, mesh)
+    everywhere = NamedSharding(mesh, P())  # what is read on the host, every process must hold
     abstract = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where
     )
@@ -109,14 +124,15 @@ def _build(
     compiled: Callable[..., Any] = _left_out
     if training:
         batch = _abstract_batch(config, batch_sharding(mesh), width)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, everywhere))
         with jax.set_mesh(mesh):
             compiled = jitted.lower(abstract, batch).compile()
     evaluation, as_trained = _evaluations(config)
 
     def evaluator(moe_config: Config) -> Callable[..., EvalSums]:
         eval_graph = make_graph(moe_config, vocab_size)
-        jitted = jax.jit(functools.partial(eval_step, graph=eval_graph, domains=num_domains))
+        step = functools.partial(eval_step, graph=eval_graph, domains=num_domains)
+        jitted = jax.jit(step, out_shardings=everywhere)
 
         def evaluate(*arguments: Any) -> EvalSums:
             with jax.set_mesh(mesh):
@@ -131,6 +147,8 @@ def _build(
         eval_as_trained=evaluator(as_trained) if as_trained else None,
         abstract_state=abstract,
         mesh=mesh,
+        batch=config.data.batch,
+        rows=local_rows(config.data.batch, mesh),
         size=model_size(config, vocab_size),
         compile_seconds=time.perf_counter() - start,
     )

@@ -53,11 +53,6 @@ class Recorder:
 
     def __init__(self, workdir: Path, config: Config, seed: int, text: str, resume: int) -> None:
         """seed: of the data's order; text: its fingerprint; resume: the step the run stands at."""
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"train.record_routing writes the rows of one process, there are "
-                f"{jax.process_count()}"
-            )
         self._folder = workdir / "routing"
         self._folder.mkdir(exist_ok=True)
         for (first, _), path in _files(self._folder).items():
@@ -140,7 +135,7 @@ class Recording:
                 f"{self._meta['text']}, this run reads {fingerprint}"
             )
 
-    def step(self, step: int, position: int, rows: slice) -> Recorded:
+    def step(self, step: int, position: int, rows: slice | np.ndarray) -> Recorded:
         """These rows of a step's arrays, [B, L, S, R].
 
         Raises:

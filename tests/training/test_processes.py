@@ -1,0 +1,170 @@
+"""Several real processes train one run: the same numbers as one process on the same mesh."""
+
+import itertools
+import shutil
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.config import Config, MeshConfig
+from moejax.sharding import local_rows, make_mesh
+from moejax.training.processes import join
+from moejax.training.records import read_records
+from tests import tiny
+from tests.training import experiment
+from tests.training.test_killed import latest, stop_at, timeless
+
+# The axes that run across processes: experts and batch; weights and experts, where processes that
+# share weights read the same rows.
+EXPERTS = ("--config.mesh.expert=2",)
+WEIGHTS = ("--config.mesh.expert=2", "--config.mesh.tensor=2")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+def start(workdir, *flags, cache=None, processes=1, devices=4, each=()):
+    """`moejax train` on so many processes, of so many devices each; `each`: flags of one alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "moejax.train", "--config=tests/training/experiment.py", *flags]
+    command += [f"--workdir={workdir}", f"--config.data.data_dir={tiny.data_dir()}"]
+    if processes > 1:
+        command += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}"]
+    own = [[f"--process_id={i}"] if processes > 1 else [] for i in range(processes)]
+    own = [[*flags, *more] for flags, more in itertools.zip_longest(own, each, fillvalue=())]
+    return [tiny.start(*command, *flags, cache=cache, devices=devices) for flags in own]
+
+
+def finish(processes, code=0):
+    """Standard output and error of each, once all have ended with this exit code."""
+    said = [process.communicate(timeout=180) for process in processes]
+    assert [process.returncode for process in processes] == [code] * len(processes), said
+    return said
+
+
+def reference(tmp_path_factory, cache, flags):
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    finish(start(workdir, *flags, cache=cache))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def experts_alone(tmp_path_factory, cache):
+    return reference(tmp_path_factory, cache, EXPERTS)
+
+
+@pytest.fixture(scope="module")
+def weights_alone(tmp_path_factory, cache):
+    return reference(tmp_path_factory, cache, WEIGHTS)
+
+
+def assert_same_run(workdir, other, tolerance=0.0):
+    """Final states and all records; bit for bit without a tolerance."""
+    config = Config.from_dict(experiment.get_config())
+    states = [tiny.saved_state(folder, config) for folder in (workdir, other)]
+    assert states[0].step == experiment.STEPS
+    records = [
+        [timeless(r) for r in read_records(folder / "metrics.jsonl")] for folder in (workdir, other)
+    ]
+    if not tolerance:
+        tiny.assert_identical(*states)
+        assert records[0] == records[1]
+        return
+    for a, b in zip(jax.tree.leaves(states[0]), jax.tree.leaves(states[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
+    losses = [[r["loss"] for r in each if r["kind"] == "train"] for each in records]
+    np.testing.assert_allclose(*losses, rtol=0, atol=tolerance)
+
+
+def test_two_processes_train_as_one_and_one_of_them_writes(experts_alone, tmp_path, cache):
+    workdir = tmp_path / "run"
+    said = finish(start(workdir, *EXPERTS, cache=cache, processes=2, devices=2))
+    assert_same_run(workdir, experts_alone)
+    assert "bits per byte" in said[0][0] and "step 60/60" in said[0][1]
+    assert "bits per byte" not in said[1][0] and "step" not in said[1][1]
+    written = {path.name for path in workdir.iterdir()}
+    assert written == {path.name for path in experts_alone.iterdir()}
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
+
+
+def test_one_of_two_killed_and_both_started_again_is_the_same_run(experts_alone, tmp_path, cache):
+    workdir = tmp_path / "run"
+    pair = start(workdir, *EXPERTS, cache=cache, processes=2, devices=2)
+    stop_at(pair[1], workdir, 8, signal.SIGKILL)
+    began = time.monotonic()
+    pair[0].communicate(timeout=120)
+    assert pair[0].returncode != 0, "it went on alone"
+    assert time.monotonic() - began < 110
+    pair[1].communicate()
+    assert 0 < latest(workdir) < experiment.STEPS
+    said = finish(start(workdir, *EXPERTS, cache=cache, processes=2, devices=2))
+    assert "resumed from step" in said[0][1] and "resumed" not in said[1][1]
+    assert_same_run(workdir, experts_alone)
+
+
+def test_four_told_through_one_save_together_and_one_goes_on(weights_alone, tmp_path, cache):
+    workdir = tmp_path / "run"
+    four = start(workdir, *WEIGHTS, cache=cache, processes=4, devices=1)
+    stop_at(four[2], workdir, 8, signal.SIGTERM)
+    said = finish(four)
+    (line,) = [line for line in said[0][1].splitlines() if line.startswith("saved at step")]
+    assert line == f"saved at step {latest(workdir)} of 60; the same command resumes"
+    assert not any("saved at step" in err for _, err in said[1:])
+    assert not (workdir / "summary.json").exists()
+
+    other = shutil.copytree(workdir, tmp_path / "other")
+    runs = start(workdir, *WEIGHTS, cache=cache) + start(other, cache=cache, devices=2)
+    assert all("resumed from step" in err for _, err in finish(runs))
+    assert_same_run(workdir, weights_alone)
+    assert_same_run(other, weights_alone, tolerance=2e-3)  # two devices cut the batch
+
+
+def test_processes_of_different_runs_do_not_start(tmp_path, cache):
+    seeds = (["--config.train.seed=0"], ["--config.train.seed=1"])
+    pair = start(tmp_path / "run", cache=cache, processes=2, devices=1, each=seeds)
+    for _, err in finish(pair, code=2):
+        assert "error: process 1 of 2 has config" in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_processes_than_asked_is_one_line(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = (f"--coordinator={address}", "--num_processes=3", "--process_id=0", "--wait=1")
+    ((_, err),) = finish(start(tmp_path / "run", *flags), code=2)
+    assert err == (
+        f"error: not all of --num_processes=3 processes came to {address} within --wait=1 s\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_processes": 2}, "--num_processes=2 needs --coordinator, --process_id too"),
+        (
+            {"coordinator": "a:1", "process_id": 3},
+            "--coordinator=a:1, --process_id=3 needs --num_processes too",
+        ),
+        (
+            {"coordinator": "a:1", "num_processes": 2, "process_id": 2},
+            "--process_id=2 is not one of --num_processes=2",
+        ),
+    ],
+)
+def test_half_given_flags_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        join(**given)
+
+
+def test_rows_are_those_of_this_process_s_devices():
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
+    assert local_rows(6, mesh).tolist() == [0, 1, 2, 3, 4, 5]
