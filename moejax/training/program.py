@@ -86,7 +86,7 @@ def build_program(
 
 
 class Laid(NamedTuple):
-    """A config laid over devices; nothing is computed or allocated yet.
+    """A config laid over a mesh; nothing is computed or allocated yet.
 
     Attributes:
       init: see `Program`.
@@ -94,21 +94,18 @@ class Laid(NamedTuple):
       shardings: of the state.
     """
 
-    mesh: Mesh
+    mesh: Any
     init: Callable[..., TrainState]
     state: TrainState
     shardings: TrainState
 
 
-def lay_out(config: Config, vocab_size: int, devices: tuple[jax.Device, ...]) -> Laid:
-    """The mesh of a config over the given devices, and its state on it.
-
-    The devices may be those of a topology that is described only.
+def lay_out(config: Config, vocab_size: int, mesh: Any) -> Laid:
+    """A config's state on a mesh, which may be abstract, or of devices that are described only.
 
     Raises:
-      ValueError: the mesh does not fit the devices, the batch or a weight.
+      ValueError: the mesh does not fit the batch or a weight.
     """
-    mesh = make_mesh(config.mesh, list(devices))
     check_batch(config.data.batch // config.train.accumulation, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     init = functools.partial(init_state, config=config, vocab_size=vocab_size, optimizer=optimizer)
@@ -140,8 +137,8 @@ def _build(
     width: int,
     training: bool,
 ) -> Program:
-    laid = lay_out(config, vocab_size, devices)
-    mesh = laid.mesh
+    mesh = make_mesh(config.mesh, list(devices))
+    laid = lay_out(config, vocab_size, mesh)
     start = time.perf_counter()
     compiled: Callable[..., Any] = _left_out
     if training:
