@@ -18,7 +18,7 @@ _LISTED = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}
 
 
 class Shape(NamedTuple):
-    """One array of a program: element type, dimensions, and whether it lies in HBM (not on chip)."""
+    """One array of a program: element type, dimensions, and whether it lies in HBM."""
 
     dtype: str
     dims: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Where a chip's memory goes: state, activations, gradients, temporaries, and the largest tensors."""
+"""Where a chip's memory goes: state, activations, gradients, temporaries; the largest tensors."""
 
 import math
 import re
@@ -42,6 +42,7 @@ class Tensor(NamedTuple):
     shape: str
     bytes: int
     op_name: str
+    places: int = 1
 
 
 def local_bytes(tree: Any) -> int:
@@ -116,9 +117,10 @@ def _carried_through(module: Module, loop: Instruction, index: int) -> bool:
 
 
 def largest_tensors(module: Module, runs: Runs, count: int = 10) -> list[Tensor]:
-    """The largest arrays of HBM that instructions outside of fusions make, one a shape and place."""
+    """The largest arrays of HBM that instructions outside of fusions make, one of each shape; with
+    its shape, how many places of the program make one."""
     inner = fused(module)
-    found: dict[tuple[str, str], Tensor] = {}
+    found: dict[str, list[Tensor]] = {}
     for name in runs.times:
         if name in inner:
             continue
@@ -130,8 +132,11 @@ def largest_tensors(module: Module, runs: Runs, count: int = 10) -> list[Tensor]
             for shape in instruction.shapes:
                 place = short(instruction.op_name) or instruction.opcode
                 if shape.hbm:
-                    found[str(shape), place] = Tensor(str(shape), shape.bytes, place)
-    return sorted(found.values(), key=lambda tensor: -tensor.bytes)[:count]
+                    found.setdefault(str(shape), []).append(Tensor(str(shape), shape.bytes, place))
+    largest = sorted(found.values(), key=lambda alike: -alike[0].bytes)[:count]
+    # Where it comes from: the longest name, because copies and broadcasts have short ones.
+    named = [max(alike, key=lambda tensor: len(tensor.op_name)) for alike in largest]
+    return [t._replace(places=len(alike)) for t, alike in zip(named, largest, strict=True)]
 
 
 def fused(module: Module) -> set[str]:
@@ -147,5 +152,10 @@ def fused(module: Module) -> set[str]:
 
 def short(op_name: str) -> str:
     """An op_name without the jit, loop and call wrappers that all of them share."""
-    kept = re.sub(r"(jit\(train_step\)|closed_call|eval_jaxpr|while|body|cond|checkpoint)/", "", op_name)
-    return kept.replace("rematted_computation/", "again/").replace("transpose(jvp())", "backward")
+    kept = re.sub(
+        r"\b(jit\(\w+\)|closed_call|eval_jaxpr|while|body|cond|branch_\d_fun|checkpoint|jvp\(\))/",
+        "",
+        op_name,
+    )
+    kept = kept.replace("rematted_computation/", "again/").replace("transpose(jvp())", "backward")
+    return re.sub(r"\[\\?'?(\w+)\\?'?\]", r"/\1", kept)
