@@ -85,7 +85,7 @@ def accumulated(config: Config, mesh: dict[str, int]) -> Iterator[Config]:
 
 def meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
     """Every way to lay data, fsdp and expert over the devices, tensor as it is."""
-    tensor = mesh_sizes(config.mesh, devices)["tensor"]
+    tensor = max(1, config.mesh.tensor)
     rest = devices // tensor
     for expert in (n for n in range(1, rest + 1) if rest % n == 0):
         if expert > 1 and (not config.moe.experts or config.moe.experts % expert):
