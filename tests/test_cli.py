@@ -1,6 +1,7 @@
 """The command line: bad input is one line, exit code 2, and nothing written; comparisons go on."""
 
 import importlib
+import importlib.util
 import json
 import sys
 
@@ -364,3 +365,47 @@ def test_a_run_that_diverges_exits_with_1_and_keeps_what_was_saved(moejax, exper
     state = tiny.saved_state(tmp_path / "run", tiny.tiny(router={"name": "switch"}, **sections), 1)
     assert int(state.step) == 1
     assert all(bool(jax.numpy.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
+
+
+WRONG_PLANS = [
+    ([], ["--topology"]),
+    (["--topology=v9:2x2"], ["unknown topology 'v9:2x2'"]),
+    (["--topology=v5e:2x4x2"], ["3 sides", "v5e has 2"]),
+    (["--topology=v5e:2x4", "--config.mesh.expert=3"], ["8 devices are not divisible by 3"]),
+    (["--topology=v5e:2x4", "--config.mesh.fsdp=4", "--config.mesh.data=4"], ["needs 16", "are 8"]),
+    (["--topology=v5e:2x4", "--config.data.batch=12"], ["batch 12", "expert = 8"]),
+    (["--topology=h100:1x4", "--config.mesh.tensor=4"], ["=2 is not divisible by", "tensor=4"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG_PLANS, ids=[str(a) for a, _ in WRONG_PLANS])
+def test_bad_input_of_plan(moejax, experiment, compiled, arguments, words):
+    before = len(compiled)
+    assert_refused(moejax("plan", experiment, *arguments), *words)
+    assert len(compiled) == before
+
+
+def test_plan_without_its_compiler_says_how_to_get_it(moejax, experiment, monkeypatch):
+    find = importlib.util.find_spec
+    without = lambda name, *a: None if name == "libtpu" else find(name, *a)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    answer = moejax("plan", experiment, "--topology=v5e:4x4")
+    assert_refused(answer, "pip install 'moejax[tpu]'")
+
+
+def test_plan_of_gpus_and_of_what_does_not_fit(moejax, experiment, tmp_path):
+    files = tmp_path / "plan.json", tmp_path / "plan.html"
+    to = [f"--{path.suffix[1:]}={path}" for path in files]
+    code, out, err = moejax("plan", experiment, "--topology=h100:1x8", *to)
+    assert (code, err) == (0, "")
+    assert "by formula" in out and "note: analytic" in out
+    assert json.loads(files[0].read_text())["devices"] == 8
+    assert f"{experiment} on h100:1x8" in files[1].read_text()
+    large = ["--config.model.layers=64", "--config.model.dim=16384", "--config.moe.ffn=65536"]
+    code, out, err = moejax("plan", experiment, "--topology=h100:1x8", *large)
+    assert (code, out) == (1, "") and len(err.splitlines()) == 1
+    assert err.startswith("error: ") and "GiB needed of 74.51 GiB" in err and "raise mesh." in err
+    code, out, err = moejax(
+        "plan", experiment, "--topology=h100:1x8", *large, "--search", "--tries=2"
+    )
+    assert code == 1 and out.startswith("tried") and "none of 2 tries fits h100:1x8" in err

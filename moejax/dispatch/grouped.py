@@ -2,7 +2,8 @@
 
 On CPU `lax.ragged_dot` is a masked dense product: E times the work. Here each expert walks over its
 own rows in blocks, a whole network per block, so the work follows the load. Other platforms
-lower to `lax.ragged_dot`.
+lower to `lax.ragged_dot`; on TPU, where JAX 0.10 expands its weight gradient to a masked dense
+product, that gradient is JAX's own Pallas kernel.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,10 @@ Weights = tuple[Array, ...]  # (w_in_EDF,) or (w_in_EDF, w_gate_EDF)
 # An expert takes the blocks of each size that fit, largest first, and rounds up to the last.
 # Each size is compiled, so a longer list costs compile time.
 BLOCK_SIZES = (512, 128, 32)
+
+# Of the TPU kernel: rows are a multiple of the first; the others are the largest that leave room on
+# the chip for two buffers of each operand.
+TILES = (128, 1024, 1024)
 
 
 def grouped_ffn(
@@ -88,7 +93,8 @@ def _backward(activation: Activation, residuals: Any, dy_ND: Array):
         dy_ND,
         *residuals,
         cpu=partial(_block_backward, activation),
-        default=partial(_ragged_backward, activation),
+        tpu=partial(_ragged_backward, activation, kernel_weight_gradient),
+        default=partial(_ragged_backward, activation, _ragged_weight_gradient),
     )
     return drows_ND, dins, dw_out_EFD, None
 
@@ -110,11 +116,30 @@ def _ragged_forward(activation, rows_ND, ins, w_out_EFD, load_E):
     return _zero_tail(y_ND, load_E), pre
 
 
-def _ragged_backward(activation, dy_ND, rows_ND, ins, w_out_EFD, load_E, pre):
+def _ragged_weight_gradient(x: Array, w: Array, dy: Array, load_E: Array) -> Array:
+    (dw,) = jax.linear_transpose(lambda w: lax.ragged_dot(x, w, load_E), w)(dy)
+    return dw
+
+
+def kernel_weight_gradient(
+    x_NX: Array, w_EXY: Array, dy_NY: Array, load_E: Array, interpret: bool = False
+) -> Array:
+    """x[rows of e]^T dy[rows of e] for each expert, by the transposed kernel of `megablox`."""
+    if _axes(x_NX) | _axes(dy_NY):  # the kernel cannot say along which mesh axes it varies
+        return _ragged_weight_gradient(x_NX, w_EXY, dy_NY, load_E)
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    tail = -len(x_NX) % TILES[0]
+    if tail:
+        x_NX, dy_NY = (jnp.pad(a, ((0, tail), (0, 0))) for a in (x_NX, dy_NY))
+    rows = next(size for size in (512, 256, 128) if len(x_NX) % size == 0)
+    tiles = (rows, *(min(most, n) for most, n in zip(TILES[1:], w_EXY.shape[1:], strict=True)))
+    return tgmm(x_NX.swapaxes(0, 1), dy_NY, load_E, w_EXY.dtype, tiling=tiles, interpret=interpret)
+
+
+def _ragged_backward(activation, weight_gradient, dy_ND, rows_ND, ins, w_out_EFD, load_E, pre):
     def transposed(x, w, dy):
-        dx = lax.ragged_dot(dy, w.swapaxes(1, 2), load_E)
-        (dw,) = jax.linear_transpose(lambda w: lax.ragged_dot(x, w, load_E), w)(dy)
-        return dx, dw
+        return lax.ragged_dot(dy, w.swapaxes(1, 2), load_E), weight_gradient(x, w, dy, load_E)
 
     x_ND, dy_ND = _zero_tail(rows_ND, load_E), _zero_tail(dy_ND, load_E)
     hidden, hidden_vjp = jax.vjp(partial(_hidden, activation), *pre)

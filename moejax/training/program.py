@@ -5,13 +5,14 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.stages import Lowered
 
 from moejax.config import Config, TrainConfig
 from moejax.data import Batch, DataConfig
@@ -98,6 +99,50 @@ def build_program(
     return _build(compiled_in, vocab_size, num_domains, where, width, training)
 
 
+class Laid(NamedTuple):
+    """A config laid over a mesh; nothing is computed or allocated yet.
+
+    Attributes:
+      init: see `Program`.
+      state: shapes, dtypes and shardings of the state.
+      shardings: of the state.
+    """
+
+    mesh: Any
+    init: Callable[..., TrainState]
+    state: TrainState
+    shardings: TrainState
+
+
+def lay_out(config: Config, vocab_size: int, mesh: Any) -> Laid:
+    """A config's state on a mesh, which may be abstract, or of devices that are described only.
+
+    Raises:
+      ValueError: the mesh does not fit the batch or a weight.
+    """
+    check_batch(config.data.batch // config.train.accumulation, mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    init = functools.partial(init_state, config=config, vocab_size=vocab_size, optimizer=optimizer)
+    abstract = jax.eval_shape(init, 0)
+    where = shardings(abstract, mesh)
+    state = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where
+    )
+    return Laid(mesh, init, state, where)
+
+
+def lower_train_step(config: Config, vocab_size: int, laid: Laid, width: int = 0) -> Lowered:
+    """The training step, traced for the mesh and ready to compile. `width`: see `build_program`."""
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    graph = make_graph(config, vocab_size)
+    step = functools.partial(train_step, graph=graph, config=config, optimizer=optimizer)
+    batch = _abstract_batch(config, batch_sharding(laid.mesh), width)
+    everywhere = NamedSharding(laid.mesh, P())  # read on the host: every process must hold it
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(laid.shardings, everywhere))
+    with jax.set_mesh(laid.mesh):
+        return jitted.lower(laid.state, batch)
+
+
 @functools.lru_cache(maxsize=16)
 def _build(
     config: Config,
@@ -108,26 +153,13 @@ def _build(
     training: bool,
 ) -> Program:
     mesh = make_mesh(config.mesh, list(devices))
-    check_batch(config.data.batch // config.train.accumulation, mesh)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-
-    init = functools.partial(init_state, config=config, vocab_size=vocab_size, optimizer=optimizer)
-    abstract = jax.eval_shape(init, 0)
-    where = shardings(abstract, mesh)
-    everywhere = NamedSharding(mesh, P())  # what is read on the host, every process must hold
-    abstract = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where
-    )
-    graph = make_graph(config, vocab_size)
-    step = functools.partial(train_step, graph=graph, config=config, optimizer=optimizer)
+    laid = lay_out(config, vocab_size, mesh)
     start = time.perf_counter()
     compiled: Callable[..., Any] = _left_out
     if training:
-        batch = _abstract_batch(config, batch_sharding(mesh), width)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, everywhere))
-        with jax.set_mesh(mesh):
-            compiled = jitted.lower(abstract, batch).compile()
+        compiled = lower_train_step(config, vocab_size, laid, width).compile()
     evaluation, as_trained = _evaluations(config)
+    everywhere = NamedSharding(mesh, P())
 
     def evaluator(moe_config: Config) -> Callable[..., EvalSums]:
         eval_graph = make_graph(moe_config, vocab_size)
@@ -141,11 +173,11 @@ def _build(
         return evaluate
 
     return Program(
-        init=jax.jit(init, out_shardings=where),
+        init=jax.jit(laid.init, out_shardings=laid.shardings),
         train_step=compiled,
         eval_step=evaluator(evaluation),
         eval_as_trained=evaluator(as_trained) if as_trained else None,
-        abstract_state=abstract,
+        abstract_state=laid.state,
         mesh=mesh,
         batch=config.data.batch,
         rows=local_rows(config.data.batch, mesh),

@@ -133,8 +133,19 @@ def test_any_load(shape, data):
     assert_equal_to_definition(arrays(*shape, gated=True), load, garbage=np.nan)
 
 
-def test_both_paths_agree():
-    """The path of other platforms, run here, against the blocks."""
+WEIGHT_GRADIENTS = {
+    "compiler": grouped._ragged_weight_gradient,
+    "TPU kernel": partial(grouped.kernel_weight_gradient, interpret=True),
+}
+
+
+def _ragged_backward_as_block(of_weights, activation, *args):
+    return grouped._ragged_backward(activation, of_weights, *args)
+
+
+@pytest.mark.parametrize("of_weights", WEIGHT_GRADIENTS.values(), ids=list(WEIGHT_GRADIENTS))
+def test_all_paths_agree(of_weights):
+    """The paths of other platforms, run here, against the blocks."""
     rows_ND, w_in, w_gate, w_out = arrays(300, 8, 12, 3, True)
     args = rows_ND.at[210:].set(jnp.nan), (w_in, w_gate), w_out, jnp.array([130, 0, 80])
     dy_ND = jnp.cos(jnp.arange(2400.0)).reshape(300, 8).at[210:].set(jnp.nan)
@@ -146,7 +157,8 @@ def test_both_paths_agree():
         return jax.tree.leaves((y_ND, backward(silu, dy_ND, *args, pre)))
 
     blocks = both_ways(grouped._block_forward, grouped._block_backward)
-    ragged = both_ways(grouped._ragged_forward, grouped._ragged_backward)
+    backward = partial(_ragged_backward_as_block, of_weights)
+    ragged = both_ways(grouped._ragged_forward, backward)
     for a, b in zip(blocks, ragged, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -202,11 +214,13 @@ def test_weights_shared_by_shards_of_rows():
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_other_platforms_use_ragged_dot(platform):
+def test_other_platforms_use_ragged_dot():
     traced = jax.jit(gradients).trace(*arrays(96, 8, 12, 3, True), jnp.array([40, 3, 20]))
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert "ragged_dot" in text and "stablehlo.while" not in text
+    cuda, tpu = (traced.lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "tpu"))
+    assert "ragged_dot" in cuda and "stablehlo.while" not in cuda
+    # The three weight gradients are kernels (of two shapes), the five other products are not.
+    assert "ragged_dot" in tpu and tpu.count("@tpu_custom_call") == 2
+    assert "tpu_custom_call" not in cuda
 
 
 def test_cpu_memory_is_linear_in_the_rows():

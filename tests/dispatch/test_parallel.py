@@ -23,6 +23,7 @@ MESHES = {
     "data=2 expert=4": MeshConfig(data=2, expert=4),
     "expert=4 tensor=2": MeshConfig(data=1, expert=4, tensor=2),
     "fsdp=2 expert=2 tensor=2": MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+    "data=2 fsdp=2": MeshConfig(data=2, fsdp=2),
 }
 CASES = {
     # router, options, dispatch, capacity factor, groups

@@ -1,0 +1,132 @@
+"""The plan of a config on a TPU topology: its training step compiled by the TPU compiler."""
+
+import re
+import time
+from typing import Any
+
+import jax
+from jax.stages import Compiled
+
+from moejax.config import Config
+from moejax.model.size import model_size
+from moejax.planning.chips import Topology
+from moejax.planning.collectives import collectives, summary
+from moejax.planning.flops import count_flops
+from moejax.planning.hlo import parse
+from moejax.planning.loops import runs
+from moejax.planning.memory import largest_tensors, local_bytes, memory
+from moejax.planning.result import DoesNotFit, Plan, advice, vocabulary
+from moejax.planning.roofline import Estimate, collective_seconds
+from moejax.planning.topology import topology_devices
+from moejax.planning.traffic import hbm_bytes
+from moejax.sharding import make_mesh
+from moejax.training.program import Laid, lay_out, lower_train_step
+
+
+def plan_pod(config: Config, topology: Topology, name: str = "") -> Plan:
+    """Compiles the step that training runs, and reads the program.
+
+    Raises:
+      ValueError: the mesh does not fit the topology, the batch or a weight; no TPU compiler.
+      DoesNotFit: more memory than a device has.
+    """
+    devices = topology_devices(topology)
+    laid = lay_out(config, vocabulary(config), make_mesh(config.mesh, list(devices)))
+    hbm = topology.chip.hbm * topology.chips / len(devices)
+    start = time.perf_counter()
+    compiled = compile_step(config, laid, hbm)
+    seconds = time.perf_counter() - start
+    return read_plan(config, topology, name, laid, compiled, seconds)
+
+
+def compile_step(config: Config, laid: Laid, hbm: float) -> Compiled:
+    """Raises DoesNotFit, before the compiler is asked where the state alone is too much."""
+    state = local_bytes((laid.state.params, laid.state.opt_state))
+    how = advice(config, dict(laid.mesh.shape), state, hbm)
+    if state > hbm:
+        raise DoesNotFit(state, hbm, how)
+    lowered = lower_train_step(config, vocabulary(config), laid)
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = memory_error(str(error))
+        if found is None:
+            raise
+        raise DoesNotFit(*found, how) from error
+
+
+def memory_error(text: str) -> tuple[float, float] | None:
+    """(bytes needed, bytes there) of the compiler's message that memory ran out."""
+    if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
+        return None
+    size = r"([\d.]+)([KMGT]?)i?B?"
+    patterns = (
+        rf"\({size}\) exceeds available HBM \({size}\)",
+        rf"Used {size} of {size} hbm",
+    )
+    for pattern in patterns:
+        if found := re.search(pattern, text):
+            needed, there = (
+                float(found[i]) * 1024 ** " KMGT".index(found[i + 1] or " ") for i in (1, 3)
+            )
+            return needed, there
+    return None
+
+
+def read_plan(
+    config: Config, topology: Topology, name: str, laid: Laid, compiled: Any, seconds: float
+) -> Plan:
+    """The figures of a compiled step."""
+    mesh, chip = dict(laid.mesh.shape), topology.chip
+    places = [tuple(device.coords) for device in laid.mesh.devices.flat]
+    share = topology.chips / len(places)  # of a chip, that a device is
+    module = parse(compiled.as_text())
+    times = runs(module)
+    flops = count_flops(module, times)
+    even = flops.products + flops.kernels / spare_rows(config, mesh)
+    found = collectives(module, times, mesh)
+    moved = hbm_bytes(module, times)
+    size = model_size(config, vocabulary(config))
+    tokens = config.data.batch * config.data.sequence
+    estimate = Estimate(
+        compute=even / (chip.flops * share),
+        hbm=moved / (chip.hbm_bandwidth * share),
+        collectives=collective_seconds(found, topology, places),
+        tokens=tokens,
+        model_flops=tokens * size.flops,
+        peak=chip.flops * topology.chips,
+    )
+    return Plan(
+        name=name,
+        topology=topology,
+        mesh=mesh,
+        devices=len(places),
+        hbm=chip.hbm * share,
+        compiled=True,
+        size=size,
+        memory=memory(compiled.memory_analysis(), laid.state, module, times),
+        flops=even,
+        worst_flops=flops.total,
+        model_flops=tokens * size.flops / len(places),
+        hbm_bytes=moved,
+        collectives=summary(found),
+        tensors=largest_tensors(module, times),
+        estimate=estimate,
+        compile_seconds=seconds,
+        notes=_notes(config, times.unknown),
+    )
+
+
+def spare_rows(config: Config, mesh: dict[str, int]) -> int:
+    """Rows of the experts' buffers over the rows that hold tokens at an even load: dropless expert
+    parallelism has room for every token of all shards on one of them."""
+    return mesh["expert"] if config.moe.experts and config.moe.dispatch == "dropless" else 1
+
+
+def _notes(config: Config, unknown: tuple[str, ...]) -> tuple[str, ...]:
+    notes = []
+    if config.model.remat or config.train.accumulation > 1:
+        notes.append("the program recomputes the forward pass: expect a third more FLOPs")
+    if unknown:
+        notes.append(f"loops whose length could not be read count once: {', '.join(unknown)}")
+    return tuple(notes)
