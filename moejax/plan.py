@@ -7,14 +7,10 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from moejax import cli
 from moejax.config import Config
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "experiment file, and after ':' its scale; --config.KEY=VALUE overrides"
-)
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "v4, v5p, tpu7x:XxYxZ; v5e, v6e:XxY; h100, h200:NODESxGPUS (by formula)"
 )
@@ -28,7 +24,7 @@ def main(arguments: list[str]) -> int:
     """Returns 1 where the config does not fit."""
     if arguments:
         raise ValueError(f"unknown argument {arguments[0]!r}; overrides are --config.KEY=VALUE")
-    if CONFIG.value is None or TOPOLOGY.value is None:
+    if "config" not in flags.FLAGS or TOPOLOGY.value is None:
         raise ValueError("an experiment FILE.py:SCALE and --topology=v5p:4x4x4 are needed")
     from moejax.planning import show  # here: a typo should not wait for JAX
     from moejax.planning.chips import parse_topology
@@ -37,8 +33,8 @@ def main(arguments: list[str]) -> int:
     from moejax.planning.topology import topology_devices
 
     jax.config.update("jax_platforms", "cpu")  # traced here, compiled for the chips named
-    config, topology = Config.from_dict(CONFIG.value), parse_topology(TOPOLOGY.value)
-    name = _name()
+    config, topology = Config.from_dict(flags.FLAGS.config), parse_topology(TOPOLOGY.value)
+    name = flags.FLAGS.experiment
     devices = topology.chips if topology.gpu else len(topology_devices(topology))
     tables = []
     if SEARCH.value:
@@ -64,12 +60,6 @@ def main(arguments: list[str]) -> int:
     if HTML.value:
         Path(HTML.value).write_text(show.page(found, tables))
     return 0
-
-
-def _name() -> str:
-    """The experiment as it was given."""
-    given = [a.partition("=")[2] for a in sys.argv if a.startswith(("--config=", "-config="))]
-    return given[0] if given else "config"
 
 
 def _say(tried) -> None:
