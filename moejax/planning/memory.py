@@ -94,7 +94,7 @@ def stacked_bytes(module: Module, runs: Runs) -> tuple[int, int]:
             )
             if is_backward(loop.op_name):
                 backward += written
-            else:
+            elif "jvp(" in loop.op_name:  # else a loop of the compiler's, as over weights it casts
                 forward += written
     return forward, backward
 
