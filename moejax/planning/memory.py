@@ -77,7 +77,7 @@ def stacked_bytes(module: Module, runs: Runs) -> tuple[int, int]:
     """What loops over layers write slice by slice: (by forward loops, by backward ones).
 
     An element of a loop's tuple is such a stack where its first axis is as long as the loop and the
-    body changes it.
+    body updates a slice of it.
     """
     forward = backward = 0
     for name in runs.times:
@@ -90,11 +90,11 @@ def stacked_bytes(module: Module, runs: Runs) -> tuple[int, int]:
                 if shape.hbm
                 and len(shape.dims) > 1
                 and shape.dims[0] == runs.trips[loop.name]
-                and not _carried_through(module, loop, i)
+                and _written_in_slices(module, loop, i)
             )
             if is_backward(loop.op_name):
                 backward += written
-            else:
+            elif "jvp(" in loop.op_name:  # else a loop of the compiler's, as over weights it casts
                 forward += written
     return forward, backward
 
@@ -104,16 +104,24 @@ def is_backward(op_name: str) -> bool:
     return "transpose(" in op_name.rpartition("rematted_computation")[2]
 
 
-def _carried_through(module: Module, loop: Instruction, index: int) -> bool:
-    """Whether the body gives this element back as it came."""
+def _written_in_slices(module: Module, loop: Instruction, index: int) -> bool:
+    """Whether the body updates a slice of this element in place."""
     body = module.computations[loop.called()[-1]]
     result = next(instruction for instruction in body.values() if instruction.root)
     if result.opcode != "tuple":
         return False
-    given = body[result.operands[index]]
-    while given.opcode in ("bitcast", "copy", "copy-done", "copy-start"):
-        given = body[given.operands[0]]
-    return given.opcode == "get-tuple-element" and given.number("index") == index
+    given, part = body[result.operands[index]], 0
+    while True:
+        if given.opcode in ("bitcast", "copy", "copy-done", "copy-start"):
+            given = body[given.operands[0]]
+        elif given.opcode == "get-tuple-element" and body[given.operands[0]].opcode == "fusion":
+            given, part = body[given.operands[0]], given.number("index")
+        elif given.opcode == "fusion":
+            body = module.computations[given.called()[0]]
+            given = next(instruction for instruction in body.values() if instruction.root)
+            given = body[given.operands[part]] if given.opcode == "tuple" else given
+        else:
+            return given.opcode == "dynamic-update-slice"
 
 
 def largest_tensors(module: Module, runs: Runs, count: int = 10) -> list[Tensor]:
