@@ -20,8 +20,9 @@ name=${RUN:-$(basename "${experiment%%.py*}")-${experiment##*:}}
 command=(moejax train "$experiment" --workdir="/runs/$name" "$@")
 
 # The shell hands SIGTERM on, and waits again for what it interrupts.
-remote="cd /moejax; export JAX_COMPILATION_CACHE_DIR=/runs/compiled; $(printf '%q ' "${command[@]}")"
-remote+="& trap \"kill -TERM \$!\" TERM; wait \$! || wait \$! && test -e /runs/$name/summary.json"
+remote="cd /moejax; export JAX_COMPILATION_CACHE_DIR=/runs/compiled; "
+remote+="trap 'kill -TERM \$!' TERM; $(printf '%q ' "${command[@]}")& "
+remote+="wait \$! || wait \$! && test -e /runs/$name/summary.json"
 
 if [[ ${DRY_RUN:-} ]]; then
   printf '%s\n' "$remote"

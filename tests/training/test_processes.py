@@ -24,7 +24,7 @@ EXPERTS = ("--config.mesh.expert=2",)
 WEIGHTS = ("--config.mesh.expert=2", "--config.mesh.tensor=2")
 
 
-SHORT = {"steps": 30, "log_every": 3, "eval_every": 15, "checkpoint_every": 4}
+SHORT = {"steps": 24, "log_every": 2, "eval_every": 24, "checkpoint_every": 4}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_two_processes_train_as_one_and_one_of_them_writes(pair, tmp_path, cache
     finish(start(alone, *EXPERTS, cache=cache))
     # Sums across processes are added in another order than those inside one.
     assert_same_run(workdir, alone, tolerance=1e-5)
-    assert "bits per byte" in said[0][0] and "step 30/30" in said[0][1]
+    assert "bits per byte" in said[0][0] and "step 24/24" in said[0][1]
     assert "bits per byte" not in said[1][0] and "step" not in said[1][1]
     assert {path.name for path in workdir.iterdir()} == {path.name for path in alone.iterdir()}
     assert len(list((workdir / "tensorboard").iterdir())) == 1
@@ -111,7 +111,7 @@ def test_four_told_through_one_save_together_and_one_goes_on(tmp_path, cache):
     stop_at(four[2], workdir, 5, signal.SIGTERM)
     said = finish(four)
     (line,) = [line for line in said[0][1].splitlines() if line.startswith("saved at step")]
-    assert line == f"saved at step {latest(workdir)} of 30; the same command resumes"
+    assert line == f"saved at step {latest(workdir)} of 24; the same command resumes"
     assert not any("saved at step" in err for _, err in said[1:])
     assert not (workdir / "summary.json").exists()
 
