@@ -1,6 +1,6 @@
 """Several real processes train one run: the same numbers as one process on the same mesh."""
 
-import itertools
+import os
 import shutil
 import signal
 import socket
@@ -32,8 +32,8 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("compiled")
 
 
-def start(workdir, *flags, cache=None, processes=1, devices=4, each=()):
-    """`moejax train` on so many processes, of so many devices each; `each`: flags of one alone."""
+def start(workdir, *flags, cache=None, processes=1, devices=4):
+    """`moejax train` on so many processes, of so many devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -43,7 +43,6 @@ def start(workdir, *flags, cache=None, processes=1, devices=4, each=()):
     if processes > 1:
         command += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}"]
     own = [[f"--process_id={i}"] if processes > 1 else [] for i in range(processes)]
-    own = [[*flags, *more] for flags, more in itertools.zip_longest(own, each, fillvalue=())]
     return [tiny.start(*command, *flags, cache=cache, devices=devices) for flags in own]
 
 
@@ -124,11 +123,17 @@ def test_four_told_through_one_save_together_and_one_goes_on(tmp_path, cache):
     assert_same_run(other, alone, tolerance=1e-5)  # two devices that cut the batch
 
 
-def test_processes_of_different_runs_do_not_start(tmp_path, cache):
-    seeds = (["--config.train.seed=0"], ["--config.train.seed=1"])
-    pair = start(tmp_path / "run", cache=cache, processes=2, devices=1, each=seeds)
+def test_slurm_says_who_they_are_and_different_runs_do_not_start(tmp_path, cache, monkeypatch):
+    slurm = {"JOB_ID": os.getpid(), "STEP_NODELIST": "localhost", "NTASKS": 2, "LOCALID": 0}
+    pair = []
+    for rank in range(2):
+        for name, value in {**slurm, "PROCID": rank}.items():
+            monkeypatch.setenv(f"SLURM_{name}", str(value))
+        seed = f"--config.train.seed={rank}"
+        pair += start(tmp_path / "run", seed, cache=cache, devices=1)
     for _, err in finish(pair, code=2):
-        assert "error: process 1 of 2 has config" in err and err.count("\n") == 1
+        assert err.splitlines()[-1].startswith("error: process 1 of 2 has config")
+        assert err.count("error") == 1 and "Traceback" not in err
     assert not (tmp_path / "run").exists()
 
 
