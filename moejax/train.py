@@ -32,10 +32,12 @@ def main(arguments: list[str]) -> int:
     if "config" not in flags.FLAGS or WORKDIR.value is None:
         raise ValueError("--config=experiments/FILE.py:SCALE and --workdir=DIR are needed")
     config = Config.from_dict(flags.FLAGS.config)
+    from moejax.training.flags import set_xla_flags
     from moejax.training.loop import Stopped, train  # here: a typo should not wait for JAX
     from moejax.training.meter import NonFiniteLoss
     from moejax.training.processes import first, join
 
+    set_xla_flags()
     join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, WAIT.value)
     try:
         summary = train(config, Path(WORKDIR.value))

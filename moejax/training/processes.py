@@ -22,7 +22,7 @@ A = ParamSpec("A")
 R = TypeVar("R")
 
 HEARTBEAT = 60  # seconds of silence after which a process counts as dead, and the others end
-LEAVING = 30  # seconds that a process which is done, or has failed, waits for the others
+LEAVING = 15  # seconds that a process which is done, or has failed, waits for the others
 
 
 def join(

@@ -1,6 +1,6 @@
 """Several real processes train one run: the same numbers as one process on the same mesh."""
 
-import itertools
+import os
 import shutil
 import signal
 import socket
@@ -12,7 +12,7 @@ import pytest
 
 from moejax.config import Config, MeshConfig
 from moejax.sharding import local_rows, make_mesh
-from moejax.training.processes import join
+from moejax.training.processes import HEARTBEAT, LEAVING, join
 from moejax.training.records import read_records
 from tests import tiny
 from tests.training import experiment
@@ -24,22 +24,25 @@ EXPERTS = ("--config.mesh.expert=2",)
 WEIGHTS = ("--config.mesh.expert=2", "--config.mesh.tensor=2")
 
 
+SHORT = {"steps": 24, "log_every": 2, "eval_every": 24, "checkpoint_every": 4}
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("compiled")
 
 
-def start(workdir, *flags, cache=None, processes=1, devices=4, each=()):
-    """`moejax train` on so many processes, of so many devices each; `each`: flags of one alone."""
+def start(workdir, *flags, cache=None, processes=1, devices=4):
+    """`moejax train` on so many processes, of so many devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = ["-m", "moejax.train", "--config=tests/training/experiment.py", *flags]
+    command += [f"--config.train.{key}={value}" for key, value in SHORT.items()]
     command += [f"--workdir={workdir}", f"--config.data.data_dir={tiny.data_dir()}"]
     if processes > 1:
         command += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}"]
     own = [[f"--process_id={i}"] if processes > 1 else [] for i in range(processes)]
-    own = [[*flags, *more] for flags, more in itertools.zip_longest(own, each, fillvalue=())]
     return [tiny.start(*command, *flags, cache=cache, devices=devices) for flags in own]
 
 
@@ -50,27 +53,18 @@ def finish(processes, code=0):
     return said
 
 
-def reference(tmp_path_factory, cache, flags):
-    workdir = tmp_path_factory.mktemp("alone") / "run"
-    finish(start(workdir, *flags, cache=cache))
-    return workdir
-
-
 @pytest.fixture(scope="module")
-def experts_alone(tmp_path_factory, cache):
-    return reference(tmp_path_factory, cache, EXPERTS)
-
-
-@pytest.fixture(scope="module")
-def weights_alone(tmp_path_factory, cache):
-    return reference(tmp_path_factory, cache, WEIGHTS)
+def pair(tmp_path_factory, cache):
+    """A run of two processes, and what they said."""
+    workdir = tmp_path_factory.mktemp("pair") / "run"
+    return workdir, finish(start(workdir, *EXPERTS, cache=cache, processes=2, devices=2))
 
 
 def assert_same_run(workdir, other, tolerance=0.0):
     """Final states and all records; bit for bit without a tolerance."""
     config = Config.from_dict(experiment.get_config())
     states = [tiny.saved_state(folder, config) for folder in (workdir, other)]
-    assert states[0].step == experiment.STEPS
+    assert states[0].step == SHORT["steps"]
     records = [
         [timeless(r) for r in read_records(folder / "metrics.jsonl")] for folder in (workdir, other)
     ]
@@ -84,54 +78,62 @@ def assert_same_run(workdir, other, tolerance=0.0):
     np.testing.assert_allclose(*losses, rtol=0, atol=tolerance)
 
 
-def test_two_processes_train_as_one_and_one_of_them_writes(experts_alone, tmp_path, cache):
-    workdir = tmp_path / "run"
-    said = finish(start(workdir, *EXPERTS, cache=cache, processes=2, devices=2))
-    assert_same_run(workdir, experts_alone)
-    assert "bits per byte" in said[0][0] and "step 60/60" in said[0][1]
+def test_two_processes_train_as_one_and_one_of_them_writes(pair, tmp_path, cache):
+    (workdir, said), alone = pair, tmp_path / "alone"
+    finish(start(alone, *EXPERTS, cache=cache))
+    # Sums across processes are added in another order than those inside one.
+    assert_same_run(workdir, alone, tolerance=1e-5)
+    assert "bits per byte" in said[0][0] and "step 24/24" in said[0][1]
     assert "bits per byte" not in said[1][0] and "step" not in said[1][1]
-    written = {path.name for path in workdir.iterdir()}
-    assert written == {path.name for path in experts_alone.iterdir()}
+    assert {path.name for path in workdir.iterdir()} == {path.name for path in alone.iterdir()}
     assert len(list((workdir / "tensorboard").iterdir())) == 1
 
 
-def test_one_of_two_killed_and_both_started_again_is_the_same_run(experts_alone, tmp_path, cache):
+def test_one_of_two_killed_and_both_started_again_is_the_same_run(pair, tmp_path, cache):
     workdir = tmp_path / "run"
-    pair = start(workdir, *EXPERTS, cache=cache, processes=2, devices=2)
-    stop_at(pair[1], workdir, 8, signal.SIGKILL)
+    both = start(workdir, *EXPERTS, cache=cache, processes=2, devices=2)
+    stop_at(both[1], workdir, 5, signal.SIGKILL)
     began = time.monotonic()
-    pair[0].communicate(timeout=120)
-    assert pair[0].returncode != 0, "it went on alone"
-    assert time.monotonic() - began < 110
-    pair[1].communicate()
-    assert 0 < latest(workdir) < experiment.STEPS
+    both[0].communicate(timeout=120)
+    assert both[0].returncode != 0, "it went on alone"
+    assert time.monotonic() - began < HEARTBEAT + LEAVING
+    both[1].communicate()
+    assert 0 < latest(workdir) < SHORT["steps"]
     said = finish(start(workdir, *EXPERTS, cache=cache, processes=2, devices=2))
     assert "resumed from step" in said[0][1] and "resumed" not in said[1][1]
-    assert_same_run(workdir, experts_alone)
+    assert_same_run(workdir, pair[0])
 
 
-def test_four_told_through_one_save_together_and_one_goes_on(weights_alone, tmp_path, cache):
-    workdir = tmp_path / "run"
+def test_four_told_through_one_save_together_and_one_goes_on(tmp_path, cache):
+    workdir, alone, other = (tmp_path / name for name in ("run", "alone", "other"))
     four = start(workdir, *WEIGHTS, cache=cache, processes=4, devices=1)
-    stop_at(four[2], workdir, 8, signal.SIGTERM)
+    stop_at(four[2], workdir, 5, signal.SIGTERM)
     said = finish(four)
     (line,) = [line for line in said[0][1].splitlines() if line.startswith("saved at step")]
-    assert line == f"saved at step {latest(workdir)} of 60; the same command resumes"
+    assert line == f"saved at step {latest(workdir)} of 24; the same command resumes"
     assert not any("saved at step" in err for _, err in said[1:])
     assert not (workdir / "summary.json").exists()
 
-    other = shutil.copytree(workdir, tmp_path / "other")
-    runs = start(workdir, *WEIGHTS, cache=cache) + start(other, cache=cache, devices=2)
-    assert all("resumed from step" in err for _, err in finish(runs))
-    assert_same_run(workdir, weights_alone)
-    assert_same_run(other, weights_alone, tolerance=2e-3)  # two devices cut the batch
+    finish(start(alone, *WEIGHTS, cache=cache))
+    shutil.copytree(workdir, other)
+    for folder, flags, devices in ((workdir, WEIGHTS, 4), (other, (), 2)):
+        ((_, err),) = finish(start(folder, *flags, cache=cache, devices=devices))
+        assert "resumed from step" in err
+    assert_same_run(workdir, alone)  # one device a process: the sums are one process's, bit for bit
+    assert_same_run(other, alone, tolerance=1e-5)  # two devices that cut the batch
 
 
-def test_processes_of_different_runs_do_not_start(tmp_path, cache):
-    seeds = (["--config.train.seed=0"], ["--config.train.seed=1"])
-    pair = start(tmp_path / "run", cache=cache, processes=2, devices=1, each=seeds)
+def test_slurm_says_who_they_are_and_different_runs_do_not_start(tmp_path, cache, monkeypatch):
+    slurm = {"JOB_ID": os.getpid(), "STEP_NODELIST": "localhost", "NTASKS": 2, "LOCALID": 0}
+    pair = []
+    for rank in range(2):
+        for name, value in {**slurm, "PROCID": rank}.items():
+            monkeypatch.setenv(f"SLURM_{name}", str(value))
+        seed = f"--config.train.seed={rank}"
+        pair += start(tmp_path / "run", seed, cache=cache, devices=1)
     for _, err in finish(pair, code=2):
-        assert "error: process 1 of 2 has config" in err and err.count("\n") == 1
+        assert err.splitlines()[-1].startswith("error: process 1 of 2 has config")
+        assert err.count("error") == 1 and "Traceback" not in err
     assert not (tmp_path / "run").exists()
 
 
