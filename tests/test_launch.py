@@ -22,10 +22,11 @@ CLUSTER = {
 }
 PARSE = """
 import sys
+from absl import flags
 from moejax import cli, train
 from moejax.config import Config
 assert cli.parse(sys.argv[1:]) == []
-config = Config.from_dict(train.CONFIG.value)
+config = Config.from_dict(flags.FLAGS.config)
 print(train.WORKDIR.value, config.mesh.expert, config.train.seed)
 """
 COMPILE = """

@@ -73,6 +73,8 @@ def join(
             if "coordinator_address should be defined" not in str(error):
                 raise
         except RuntimeError as error:
+            if missing and "must be called before" in str(error):
+                return  # JAX is in use already, as in a notebook: a process of its own
             raise ValueError(f"the processes did not meet: {error}") from error
 
 
