@@ -18,12 +18,9 @@ from tests import tiny
 from tests.training import experiment
 from tests.training.test_killed import latest, stop_at, timeless
 
-# The axes that run across processes: experts and batch; weights and experts, where processes that
-# share weights read the same rows.
-EXPERTS = ("--config.mesh.expert=2",)
-WEIGHTS = ("--config.mesh.expert=2", "--config.mesh.tensor=2")
-
-
+# Four devices. Of two processes each has one half of the experts and of the batch; of four each has
+# a quarter of the experts' weights, and pairs of them read the same rows.
+MESH = ("--config.mesh.expert=2", "--config.mesh.tensor=2")
 SHORT = {"steps": 24, "log_every": 2, "eval_every": 24, "checkpoint_every": 4}
 
 
@@ -57,7 +54,15 @@ def finish(processes, code=0):
 def pair(tmp_path_factory, cache):
     """A run of two processes, and what they said."""
     workdir = tmp_path_factory.mktemp("pair") / "run"
-    return workdir, finish(start(workdir, *EXPERTS, cache=cache, processes=2, devices=2))
+    return workdir, finish(start(workdir, *MESH, cache=cache, processes=2, devices=2))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, cache):
+    """The same run on one process of four devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    finish(start(workdir, *MESH, cache=cache))
+    return workdir
 
 
 def assert_same_run(workdir, other, tolerance=0.0):
@@ -78,9 +83,8 @@ def assert_same_run(workdir, other, tolerance=0.0):
     np.testing.assert_allclose(*losses, rtol=0, atol=tolerance)
 
 
-def test_two_processes_train_as_one_and_one_of_them_writes(pair, tmp_path, cache):
-    (workdir, said), alone = pair, tmp_path / "alone"
-    finish(start(alone, *EXPERTS, cache=cache))
+def test_two_processes_train_as_one_and_one_of_them_writes(pair, alone):
+    workdir, said = pair
     # Sums across processes are added in another order than those inside one.
     assert_same_run(workdir, alone, tolerance=1e-5)
     assert "bits per byte" in said[0][0] and "step 24/24" in said[0][1]
@@ -91,7 +95,7 @@ def test_two_processes_train_as_one_and_one_of_them_writes(pair, tmp_path, cache
 
 def test_one_of_two_killed_and_both_started_again_is_the_same_run(pair, tmp_path, cache):
     workdir = tmp_path / "run"
-    both = start(workdir, *EXPERTS, cache=cache, processes=2, devices=2)
+    both = start(workdir, *MESH, cache=cache, processes=2, devices=2)
     stop_at(both[1], workdir, 5, signal.SIGKILL)
     began = time.monotonic()
     both[0].communicate(timeout=120)
@@ -99,14 +103,14 @@ def test_one_of_two_killed_and_both_started_again_is_the_same_run(pair, tmp_path
     assert time.monotonic() - began < HEARTBEAT + LEAVING
     both[1].communicate()
     assert 0 < latest(workdir) < SHORT["steps"]
-    said = finish(start(workdir, *EXPERTS, cache=cache, processes=2, devices=2))
+    said = finish(start(workdir, *MESH, cache=cache, processes=2, devices=2))
     assert "resumed from step" in said[0][1] and "resumed" not in said[1][1]
     assert_same_run(workdir, pair[0])
 
 
-def test_four_told_through_one_save_together_and_one_goes_on(tmp_path, cache):
-    workdir, alone, other = (tmp_path / name for name in ("run", "alone", "other"))
-    four = start(workdir, *WEIGHTS, cache=cache, processes=4, devices=1)
+def test_four_told_through_one_save_together_and_one_goes_on(alone, tmp_path, cache):
+    workdir, other = tmp_path / "run", tmp_path / "other"
+    four = start(workdir, *MESH, cache=cache, processes=4, devices=1)
     stop_at(four[2], workdir, 5, signal.SIGTERM)
     said = finish(four)
     (line,) = [line for line in said[0][1].splitlines() if line.startswith("saved at step")]
@@ -114,9 +118,8 @@ def test_four_told_through_one_save_together_and_one_goes_on(tmp_path, cache):
     assert not any("saved at step" in err for _, err in said[1:])
     assert not (workdir / "summary.json").exists()
 
-    finish(start(alone, *WEIGHTS, cache=cache))
     shutil.copytree(workdir, other)
-    for folder, flags, devices in ((workdir, WEIGHTS, 4), (other, (), 2)):
+    for folder, flags, devices in ((workdir, MESH, 4), (other, (), 2)):
         ((_, err),) = finish(start(folder, *flags, cache=cache, devices=devices))
         assert "resumed from step" in err
     assert_same_run(workdir, alone)  # one device a process: the sums are one process's, bit for bit
