@@ -44,8 +44,8 @@ def plan(compiled):
     return read_plan(CONFIG, EIGHT, "tiny", *compiled, seconds=1.0)
 
 
-def test_the_compiler_is_there():
-    topology.require_compiler()
+def test_the_compiler_describes_the_devices():
+    assert [d.platform for d in topology.topology_devices(EIGHT)] == ["tpu"] * 8
 
 
 def test_two_exchanges_a_layer_and_pass(plan):
