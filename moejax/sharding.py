@@ -34,6 +34,7 @@ SHARDINGS: dict[str, P] = {
     "w_gate_EDF": P("expert", "fsdp", "tensor"),
     "w_out_EFD": P("expert", "tensor", "fsdp"),
     "batch_B": P(BATCH_AXES),
+    "embed_read_VD": P("tensor", None),
     "x_BSD": P(BATCH_AXES, None, None),
 }
 

@@ -21,6 +21,15 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--layouts",
+        choices=("some", "all"),
+        default="some",
+        help="on how many meshes every router is compared with one device",
+    )
+
+
 @pytest.fixture(scope="module", autouse=True)
 def free_programs():
     """Compiled programs of a file are given back after it: thousands in one process use up the

@@ -169,7 +169,9 @@ class Transformer(nnx.Module):
         """
         context = self._context(token_BS, segment_BS, position_BS, valid_BS)._replace(record=record)
         dtype = jnp.dtype(self.config.model.dtype)
-        x_BSD = constrain(self.embed_VD[...][token_BS].astype(dtype), "x_BSD")
+        # The table whole along D: else what is looked up lies cut along D, and is moved whole.
+        embed_VD = constrain(self.embed_VD[...].astype(dtype), "embed_read_VD")
+        x_BSD = constrain(embed_VD[token_BS], "x_BSD")
         keys_L = None if key is None else jax.random.split(key, max(1, self.config.moe_layers))
         stats = None
         for unit, (kinds, _) in zip(self.stacks, layer_stacks(self.config), strict=True):
