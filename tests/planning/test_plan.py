@@ -6,11 +6,14 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
-from moejax.dispatch import grouped_ffn
+from moejax.dispatch import BATCH_AXES, Experts, grouped_ffn
+from moejax.moe import MoeOptions, MoeParams, moe
 from moejax.planning import show, topology
 from moejax.planning.chips import parse_topology
+from moejax.planning.collectives import collectives
 from moejax.planning.flops import count_flops
 from moejax.planning.hlo import parse
 from moejax.planning.loops import runs
@@ -19,6 +22,7 @@ from moejax.planning.pod import compile_step, read_plan
 from moejax.planning.result import DoesNotFit, vocabulary
 from moejax.planning.search import candidates, changes, meshes, search
 from moejax.planning.topology import topology_devices
+from moejax.routing import make_router
 from moejax.sharding import make_mesh
 from moejax.training.program import lay_out
 from tests.tiny import tiny
@@ -168,3 +172,35 @@ def test_candidates_are_possible_meshes():
     assert all(m["data"] * m["fsdp"] * m["expert"] == 16 and m["expert"] <= 8 for m in found)
     first, second, *_ = candidates(CONFIG, 8)
     assert first == CONFIG and changes(CONFIG, second) == "--config.model.remat=True"
+
+
+def test_dropless_rows_travel_in_ragged_exchanges():
+    """Two of rows forward and two backward; nobody gathers the rows of others."""
+    mesh = make_mesh(CONFIG.mesh, topology_devices(EIGHT))
+    options = MoeOptions(make_router("topk"), "dropless")
+
+    def lies(shape, *cut, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*cut)))
+
+    dim, hidden, experts, rows = 128, 256, 8, 128
+    into = lies((experts, dim, hidden), "expert")
+    p = MoeParams(
+        lies((dim, experts), dtype=jnp.float32),
+        Experts(into, lies((experts, hidden, dim), "expert"), into),
+    )
+
+    def loss(p, x_BSD):
+        valid_BS = jnp.ones(x_BSD.shape[:2], bool)
+        y_BSD, stats = moe(p, x_BSD, options=options, valid_BS=valid_BS)
+        return jnp.square(y_BSD.astype(jnp.float32)).mean() + stats.z
+
+    with jax.set_mesh(mesh):
+        x_BSD = lies((8, rows, dim), BATCH_AXES)
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(p, x_BSD).compile()
+    module = parse(compiled.as_text())
+    found = collectives(module, runs(module), dict(mesh.shape))
+    ragged = [c for c in found if c.kind == "ragged-all-to-all"]
+    assert sorted(c.backward for c in ragged) == [False, False, True, True]
+    # What else is said is counts: less than one device's rows.
+    others = [c for c in found if c.kind != "ragged-all-to-all"]
+    assert others and max(c.bytes for c in others) < rows * dim * 2
