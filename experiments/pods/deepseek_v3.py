@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 
 from moejax.config import default_config, router_config
 
+TOPOLOGY = "v5p:8x8x16"
+
 
 def get_config(scale: str = "full") -> ConfigDict:
     if scale != "full":

@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 
 from moejax.config import default_config, router_config
 
+TOPOLOGY = "v4:8x8x16"
+
 
 def get_config(scale: str = "full") -> ConfigDict:
     if scale != "full":

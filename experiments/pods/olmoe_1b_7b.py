@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 
 from moejax.config import default_config, router_config
 
+TOPOLOGY = "v5p:4x4x4"
+
 
 def get_config(scale: str = "full") -> ConfigDict:
     if scale != "full":

@@ -12,6 +12,9 @@ capacity is the published one. The first 10,000 steps warm up, the paper's rate 
 from ml_collections import ConfigDict
 
 from moejax.config import default_config, router_config
+from moejax.routing.conventions import to_moejax
+
+TOPOLOGY = "v5p:8x8x8"
 
 
 def get_config(scale: str = "full") -> ConfigDict:
@@ -23,7 +26,7 @@ def get_config(scale: str = "full") -> ConfigDict:
     config.router = router_config("switch")
     config.moe.update(experts=2048, dispatch="gather", groups="sequence", jitter=0.01)
     config.moe.update(capacity_factor=1.0, eval_capacity_factor=2.0)
-    config.balance.load_balance = 0.01
+    config.balance.update(to_moejax("switch", 0.01, k=1, experts=2048, layers=30))
     config.data.update(name="c4", tokenizer="bpe:32128", sequence=2048, batch=512)
     config.optimizer.update(name="adafactor", schedule="rsqrt", learning_rate=0.01, warmup=10_000)
     config.optimizer.update(weight_decay=0.0, clip=0.0)
