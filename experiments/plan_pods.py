@@ -78,7 +78,7 @@ def row(name: str, plan: dict[str, Any]) -> list[str]:
         f"{seconds['step_overlap']:.1f} to {seconds['step_sum']:.1f}",
         f"{100 * plan['mfu']['sum']:.0f} to {100 * plan['mfu']['overlap']:.0f} %",
         f"{plan['compile_seconds']:.0f}",
-        ", ".join(f"{k} {v}" for k, v in plan["versions"].items() if k != "moejax"),
+        ", ".join(f"{k} {v}" for k, v in plan["versions"].items()),
     ]
 
 

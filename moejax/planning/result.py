@@ -164,9 +164,9 @@ class DoesNotFit(Exception):
 
 def versions() -> dict[str, str]:
     """Of what makes a plan; libtpu has the TPU compiler."""
-    packages = ("moejax", "jax", "libtpu")
-    installed = {d.name for d in importlib.metadata.distributions()}
-    return {name: importlib.metadata.version(name) for name in packages if name in installed}
+    installed = {package.name for package in importlib.metadata.distributions()}
+    known = [name for name in ("jax", "libtpu") if name in installed]
+    return {name: importlib.metadata.version(name) for name in known}
 
 
 def vocabulary(config: Config) -> int:
