@@ -23,6 +23,12 @@ SHARDINGS: dict[str, P] = {
     "w_key_DGA": P("fsdp", "tensor", None),
     "w_value_DGA": P("fsdp", "tensor", None),
     "w_out_HAD": P("tensor", None, "fsdp"),
+    "w_query_DQ": P("fsdp", None),  # latents stay whole, heads are cut
+    "w_latent_DU": P("fsdp", None),
+    "w_position_DR": P("fsdp", None),
+    "w_query_QHC": P("fsdp", "tensor", None),
+    "w_key_UHA": P("fsdp", "tensor", None),
+    "w_value_UHA": P("fsdp", "tensor", None),
     "w_in_DF": P("fsdp", "tensor"),
     "w_gate_DF": P("fsdp", "tensor"),
     "w_out_FD": P("tensor", "fsdp"),

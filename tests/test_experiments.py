@@ -18,13 +18,13 @@ from moejax.training.optimizer import make_optimizer
 from moejax.training.records import read_records
 from moejax.training.state import init_state, make_graph
 from moejax.training.step import eval_step, train_step
-from tests import tiny
+from tests import abstract, tiny
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 # What defines runs; the others are measurements with a command of their own.
 FILES = sorted(path for path in FOLDER.glob("*.py") if "def get_config" in path.read_text())
 SUITES = [path for path in FILES if "def get_suite" in path.read_text()]
-CASES = [(path, scale) for path in FILES for scale in base.SCALES]
+POD = {"data": 32, "fsdp": 8, "expert": 8, "tensor": 2}
 
 
 def configs(path, scale):
@@ -50,21 +50,36 @@ def test_there_are_experiments():
     assert SUITES
 
 
-@pytest.mark.parametrize(
-    ("path", "scale"), CASES, ids=lambda x: x if isinstance(x, str) else x.stem
-)
-def test_every_config_is_checked_and_traced(path, scale):
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_small_config_is_checked_and_traced(path):
     """A whole training step and an evaluation, as shapes: nothing compiles or is allocated."""
-    found = configs(path, scale)
-    if path.stem == "catalogue" and scale != "smoke":  # traced once: there are many
+    found = configs(path, "small")
+    if path.stem == "catalogue":  # traced below: there are many
         found = {"": found[""]}
     for name, config in found.items():
-        state, metrics = jax.eval_shape(lambda config=config: whole_step(config))
-        assert metrics["loss"].shape == () and state.step.shape == (), name
-        assert len(metrics.get("load_LE", jnp.zeros(())).shape) == (2 if config.moe.experts else 0)
+        state, metrics = jax.eval_shape(lambda config=config: (evaluated(config), stepped(config)))[
+            1
+        ]
+        check_results(config, state, metrics, name)
 
 
-def whole_step(config):
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_smoke_config_lowers_for_4096_devices(path):
+    """And no expert's weight is copied. An evaluation is traced."""
+    for name, config in configs(path, "smoke").items():
+        jax.eval_shape(lambda config=config: evaluated(config))
+        laid, lowered = abstract.lowered(abstract.on_pod(config, POD, batch=2048))
+        check_results(config, *lowered.out_info, name)
+        matrices = 3 if config.moe.experts else 0  # with both of AdamW's moments
+        assert abstract.assert_experts_are_cut(laid) == 3 * matrices, name
+
+
+def check_results(config, state, metrics, name):
+    assert metrics["loss"].shape == () and state.step.shape == (), name
+    assert len(metrics.get("load_LE", jnp.zeros(())).shape) == (2 if config.moe.experts else 0)
+
+
+def fresh(config):
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = init_state(
         jnp.zeros((), jnp.int32), config=config, vocab_size=tiny.VOCABULARY, optimizer=optimizer
@@ -72,9 +87,17 @@ def whole_step(config):
     shape = (config.data.batch, config.data.sequence)
     ints = jnp.zeros(shape, jnp.int32)
     batch = Batch(ints, ints, ints, ints, jnp.ones(shape, bool), jnp.zeros(shape[0], jnp.int32))
-    graph = make_graph(config, tiny.VOCABULARY)
+    return state, batch, make_graph(config, tiny.VOCABULARY), optimizer
+
+
+def evaluated(config):
+    state, batch, graph, _ = fresh(config)
     bytes_V = jnp.ones(tiny.VOCABULARY)
-    eval_step(state.params, state.router_state, batch, bytes_V, graph=graph, domains=2)
+    return eval_step(state.params, state.router_state, batch, bytes_V, graph=graph, domains=2)
+
+
+def stepped(config):
+    state, batch, graph, optimizer = fresh(config)
     return train_step(state, batch, graph=graph, config=config, optimizer=optimizer)
 
 

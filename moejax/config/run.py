@@ -66,6 +66,11 @@ class Config:
             f"data.batch={batch} is not divisible by train.accumulation={parts}",
         )
         require(
+            not self.model.query_block or self.data.sequence % self.model.query_block == 0,
+            f"data.sequence={self.data.sequence} is not divisible by "
+            f"model.query_block={self.model.query_block}",
+        )
+        require(
             bool(self.moe.experts) or not self.train.record_routing,
             "train.record_routing=True, but moe.experts=0 routes nothing",
         )

@@ -29,6 +29,11 @@ class ModelConfig:
 
     Attributes:
       layers, dim, heads: L, D, H. head_dim 0 = dim / heads; kv_heads 0 = heads.
+      attention: grouped (kv_heads shared by heads) or latent (see `moejax.model.latent`): keys and
+        values of a latent of kv_rank, queries of one of q_rank (0 = of the input), heads of
+        head_dim and, for queries and keys, rope_dim more that carry the position.
+      qk_norm: RMSNorm over all heads' queries together, and over all keys. Grouped attention only.
+      query_block: compute attention so many queries at a time; 0 = all at once.
       ffn: F, hidden width of a dense feed-forward layer.
       activation: of dense layers and experts: swiglu, geglu, gelu or relu.
       rope_theta: base of the rotary position embedding.
@@ -42,6 +47,12 @@ class ModelConfig:
     heads: int = 4
     kv_heads: int = 0
     head_dim: int = 0
+    attention: str = "grouped"
+    q_rank: int = 0
+    kv_rank: int = 0
+    rope_dim: int = 0
+    qk_norm: bool = False
+    query_block: int = 0
     ffn: int = 256
     activation: str = "swiglu"
     rope_theta: float = 10_000.0
@@ -64,12 +75,39 @@ class ModelConfig:
             self.heads % self.key_value_heads == 0,
             f"model.heads={self.heads} is not divisible by model.kv_heads={self.kv_heads}",
         )
-        require(self.width % 2 == 0, f"rotary embedding needs an even head_dim, got {self.width}")
+        one_of("model.attention", self.attention, ("grouped", "latent"))
+        if self.attention == "latent":
+            self._check_latent()
+        else:
+            self._check_grouped()
+        require(self.query_block >= 0, f"model.query_block={self.query_block} must not be negative")
         require(self.init_scale > 0, f"model.init_scale={self.init_scale} must be above 0")
+
+    def _check_grouped(self) -> None:
+        require(self.width % 2 == 0, f"rotary embedding needs an even head_dim, got {self.width}")
+        for name in ("q_rank", "kv_rank", "rope_dim"):
+            value = getattr(self, name)
+            require(value == 0, f"model.{name}={value} is for model.attention='latent'")
+
+    def _check_latent(self) -> None:
+        require(self.q_rank >= 0, f"model.q_rank={self.q_rank} must not be negative")
+        require(
+            self.kv_rank >= 1, f"model.attention='latent' needs model.kv_rank={self.kv_rank} >= 1"
+        )
+        require(
+            self.rope_dim >= 2 and self.rope_dim % 2 == 0,
+            f"model.attention='latent' needs an even model.rope_dim >= 2, got {self.rope_dim}",
+        )
+        require(
+            self.key_value_heads == self.heads,
+            f"model.kv_heads={self.kv_heads} is for model.attention='grouped'; latent attention "
+            f"has keys for all {self.heads} heads, leave it 0",
+        )
+        require(not self.qk_norm, "model.qk_norm=True is for model.attention='grouped'")
 
     @property
     def width(self) -> int:
-        """Dimension of one attention head."""
+        """Dimension of one attention head; in latent attention without its rotary part."""
         return self.head_dim or self.dim // self.heads
 
     @property

@@ -54,7 +54,11 @@ def rope(x_BSHA: jax.Array, position_BS: jax.Array, theta: float) -> jax.Array:
 
 class Attention(nnx.Module):
     """Causal grouped-query attention inside each document. Axes: A = width of a head, G = kv
-    heads."""
+    heads.
+
+    With model.qk_norm queries and keys are normed before they are turned, over all heads together
+    (OLMoE, Muennighoff et al. 2024, 2409.02060; per head it would be another model).
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -63,15 +67,63 @@ class Attention(nnx.Module):
         self.w_key_DGA = initial(rngs, (d, g, a), (0,), config.init_scale)
         self.w_value_DGA = initial(rngs, (d, g, a), (0,), config.init_scale)
         self.w_out_HAD = initial(rngs, (h, a, d), (0, 1), config.init_scale)
+        self.query_norm = RMSNorm(h * a) if config.qk_norm else None
+        self.key_norm = RMSNorm(g * a) if config.qk_norm else None
 
     def __call__(self, x_BSD: jax.Array, mask_BSS: jax.Array, position_BS: jax.Array) -> jax.Array:
         dtype, theta = x_BSD.dtype, self.config.rope_theta
         q_BSHA = jnp.einsum("bsd,dha->bsha", x_BSD, self.w_query_DHA[...].astype(dtype))
         k_BSGA = jnp.einsum("bsd,dga->bsga", x_BSD, self.w_key_DGA[...].astype(dtype))
         v_BSGA = jnp.einsum("bsd,dga->bsga", x_BSD, self.w_value_DGA[...].astype(dtype))
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BSHA, k_BSGA = _all_heads(self.query_norm, q_BSHA), _all_heads(self.key_norm, k_BSGA)
         q_BSHA, k_BSGA = rope(q_BSHA, position_BS, theta), rope(k_BSGA, position_BS, theta)
-        y_BSHA = jax.nn.dot_product_attention(q_BSHA, k_BSGA, v_BSGA, mask=mask_BSS[:, None])
+        y_BSHA = attend(q_BSHA, k_BSGA, v_BSGA, mask_BSS, self.config.query_block)
         return jnp.einsum("bsha,had->bsd", y_BSHA, self.w_out_HAD[...].astype(dtype))
+
+
+def _all_heads(norm: RMSNorm, a_BSHA: jax.Array) -> jax.Array:
+    """A norm over all heads of a token together."""
+    return norm(a_BSHA.reshape(*a_BSHA.shape[:2], -1)).reshape(a_BSHA.shape)
+
+
+def attend(
+    q_BSHC: jax.Array, k_BSGC: jax.Array, v_BSGA: jax.Array, mask_BSS: jax.Array, block: int = 0
+) -> jax.Array:
+    """softmax(q k / sqrt(C)) v, the softmax in float32: y_BSHA. Each kv head serves H / G heads.
+
+    block > 0: that many queries at a time, and their scores again in the backward pass, so that no
+    more than [B, H, block, S] scores are there at once. The same values, up to rounding.
+    """
+
+    def queries(q_BsHC: jax.Array, mask_BsS: jax.Array) -> jax.Array:
+        return _attend(q_BsHC, k_BSGC, v_BSGA, mask_BsS)
+
+    if not block or block >= q_BSHC.shape[1]:
+        return queries(q_BSHC, mask_BSS)
+
+    def cut(a_BSX: jax.Array) -> jax.Array:  # blocks in front
+        cut_BnsX = a_BSX.reshape(a_BSX.shape[0], -1, block, *a_BSX.shape[2:])
+        return jnp.moveaxis(cut_BnsX, 1, 0)
+
+    part = jax.checkpoint(queries)
+    y_nBsHA = jax.lax.map(lambda xs: part(*xs), (cut(q_BSHC), cut(mask_BSS)))
+    y_BnsHA = jnp.moveaxis(y_nBsHA, 0, 1)
+    return y_BnsHA.reshape(*q_BSHC.shape[:3], v_BSGA.shape[-1])
+
+
+def _attend(
+    q_BsHC: jax.Array, k_BSGC: jax.Array, v_BSGA: jax.Array, mask_BsS: jax.Array
+) -> jax.Array:
+    if k_BSGC.shape == v_BSGA.shape:
+        return jax.nn.dot_product_attention(q_BsHC, k_BSGC, v_BSGA, mask=mask_BsS[:, None])
+    # Keys wider than values, which that function refuses; here every head has its own.
+    scores_BHsS = jnp.einsum(
+        "bshc,bthc->bhst", q_BsHC, k_BSGC, preferred_element_type=jnp.float32
+    ) / (q_BsHC.shape[-1] ** 0.5)
+    scores_BHsS = jnp.where(mask_BsS[:, None], scores_BHsS, -0.7 * jnp.finfo(jnp.float32).max)
+    weight_BHsS = jax.nn.softmax(scores_BHsS, axis=-1).astype(v_BSGA.dtype)
+    return jnp.einsum("bhst,btha->bsha", weight_BHsS, v_BSGA)
 
 
 def attention_mask(segment_BS: jax.Array) -> jax.Array:

@@ -37,5 +37,7 @@ def model_size(config: Config, vocab_size: int) -> Size:
     active = total - round(routed * (1 - config.choices / experts))
     computed = total - round(routed * (1 - config.computed / experts))
     look_up = sum(size for name, size in sizes if name in ("embed_VD", "scale_D"))
-    attention = 4 * config.data.sequence * config.model.heads * config.model.width
+    # Queries with keys, and with values; rope_dim is 0 but in latent attention.
+    width = 2 * config.model.width + config.model.rope_dim
+    attention = 2 * config.data.sequence * config.model.heads * width
     return Size(total, active, 6.0 * (computed - look_up) + 3.0 * config.model.layers * attention)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.config import Config
+from moejax.model.latent import LatentAttention
 from moejax.model.layers import Attention, FeedForward, RMSNorm, attention_mask, initial
 from moejax.model.moe import MoE
 from moejax.model.soft import SoftMoE
@@ -34,7 +35,8 @@ class Block(nnx.Module):
         # their feed-forward layers are.
         attention_key, feed_forward_key = jax.random.split(key)
         self.attention_norm = RMSNorm(model.dim)
-        self.attention = Attention(model, nnx.Rngs(params=attention_key))
+        attention = LatentAttention if model.attention == "latent" else Attention
+        self.attention = attention(model, nnx.Rngs(params=attention_key))
         self.feed_forward_norm = RMSNorm(model.dim)
         rngs = nnx.Rngs(params=feed_forward_key)
         self.feed_forward: FeedForward | MoE | SoftMoE

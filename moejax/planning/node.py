@@ -9,10 +9,10 @@ from moejax.config import Config
 from moejax.dispatch import ACTIVATIONS
 from moejax.model.size import model_size
 from moejax.planning.chips import Topology
-from moejax.planning.collectives import Collective, summary
+from moejax.planning.collectives import Collective
 from moejax.planning.memory import Memory, local_bytes
-from moejax.planning.result import DoesNotFit, Plan, advice, vocabulary
-from moejax.planning.roofline import Estimate, collective_seconds, gpu_places
+from moejax.planning.result import Counted, DoesNotFit, Plan, advice, vocabulary
+from moejax.planning.roofline import gpu_places
 from moejax.sharding import mesh_sizes
 from moejax.training.program import lay_out
 
@@ -31,45 +31,29 @@ def plan_node(config: Config, topology: Topology, name: str = "") -> Plan:
     """
     mesh = mesh_sizes(config.mesh, topology.chips)
     laid = abstract_layout(config, mesh)
-    chip, size = topology.chip, model_size(config, vocabulary(config))
+    available = topology.chip.hbm
     used = estimated_memory(config, mesh, laid.state)
-    if used.total > chip.hbm:
-        how = advice(config, mesh, used.parameters + used.optimizer, chip.hbm)
-        raise DoesNotFit(used.total, chip.hbm, f"(by formula) {how}")
+    if used.total > available:
+        how = advice(config, mesh, used.parameters + used.optimizer, available)
+        raise DoesNotFit(used.total, available, f"(by formula) {how}")
     tokens = config.data.batch * config.data.sequence
-    model_flops = tokens * size.flops / topology.chips
-    flops = model_flops * (4 / 3 if _again(config) else 1)
-    found = needed_collectives(config, mesh, laid.state)
+    flops = tokens * model_size(config, vocabulary(config)).flops / topology.chips
+    flops *= 4 / 3 if _again(config) else 1
     # The optimizer reads and writes its moments and the parameters; each pass reads the weights.
     moved = 2.0 * (used.parameters + used.optimizer) + 3.0 * used.activations
     moved += 3.0 * config.train.accumulation * used.parameters
-    estimate = Estimate(
-        compute=flops / chip.flops,
-        hbm=moved / chip.hbm_bandwidth,
-        collectives=collective_seconds(found, topology, gpu_places(topology, topology.chips)),
-        tokens=tokens,
-        model_flops=tokens * size.flops,
-        peak=chip.flops * topology.chips,
-    )
-    return Plan(
-        name=name,
-        topology=topology,
-        mesh=mesh,
-        devices=topology.chips,
-        hbm=chip.hbm,
-        compiled=False,
-        size=size,
+    counted = Counted(
+        places=gpu_places(topology, topology.chips),
         memory=used,
         flops=flops,
         worst_flops=flops,
-        model_flops=model_flops,
         hbm_bytes=moved,
-        collectives=summary(found),
+        collectives=needed_collectives(config, mesh, laid.state),
         tensors=[],
-        estimate=estimate,
-        compile_seconds=0.0,
         notes=NOTES,
+        compile_seconds=None,
     )
+    return Plan.of(config, topology, name, mesh, counted)
 
 
 def abstract_layout(config: Config, mesh: dict[str, int]) -> Any:
@@ -140,7 +124,10 @@ def _layer_bytes(config: Config, mesh: dict[str, int]) -> int:
     model, moe = config.model, config.moe
     tokens, item, tensor = _tokens(config, mesh), _item(config), mesh["tensor"]
     heads = (2 * model.heads + 2 * model.key_value_heads) * model.width
-    scores = model.heads * config.data.sequence * (4 + item)
+    heads += 2 * model.heads * model.rope_dim
+    scores = 0  # of a block of queries they are gone before the next
+    if not model.query_block:
+        scores = model.heads * config.data.sequence * (4 + item)
     attention = 4 * model.dim * item + (heads * item + scores) // tensor
     inner = 3 if ACTIVATIONS[model.activation][1] else 2
     if config.moe_layers:

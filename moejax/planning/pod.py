@@ -8,15 +8,13 @@ import jax
 from jax.stages import Compiled
 
 from moejax.config import Config
-from moejax.model.size import model_size
 from moejax.planning.chips import Topology
-from moejax.planning.collectives import collectives, summary
+from moejax.planning.collectives import collectives
 from moejax.planning.flops import count_flops
 from moejax.planning.hlo import parse
 from moejax.planning.loops import runs
 from moejax.planning.memory import largest_tensors, local_bytes, memory
-from moejax.planning.result import DoesNotFit, Plan, advice, vocabulary
-from moejax.planning.roofline import Estimate, collective_seconds
+from moejax.planning.result import Counted, DoesNotFit, Plan, advice, vocabulary
 from moejax.planning.topology import topology_devices
 from moejax.planning.traffic import hbm_bytes
 from moejax.sharding import make_mesh
@@ -77,44 +75,22 @@ def read_plan(
     config: Config, topology: Topology, name: str, laid: Laid, compiled: Any, seconds: float
 ) -> Plan:
     """The figures of a compiled step."""
-    mesh, chip = dict(laid.mesh.shape), topology.chip
-    places = [tuple(device.coords) for device in laid.mesh.devices.flat]
-    share = topology.chips / len(places)  # of a chip, that a device is
+    mesh = dict(laid.mesh.shape)
     module = parse(compiled.as_text())
     times = runs(module)
     flops = count_flops(module, times)
-    even = flops.products + flops.kernels / spare_rows(config, mesh)
-    found = collectives(module, times, mesh)
-    moved = hbm_bytes(module, times)
-    size = model_size(config, vocabulary(config))
-    tokens = config.data.batch * config.data.sequence
-    estimate = Estimate(
-        compute=even / (chip.flops * share),
-        hbm=moved / (chip.hbm_bandwidth * share),
-        collectives=collective_seconds(found, topology, places),
-        tokens=tokens,
-        model_flops=tokens * size.flops,
-        peak=chip.flops * topology.chips,
-    )
-    return Plan(
-        name=name,
-        topology=topology,
-        mesh=mesh,
-        devices=len(places),
-        hbm=chip.hbm * share,
-        compiled=True,
-        size=size,
+    counted = Counted(
+        places=[tuple(device.coords) for device in laid.mesh.devices.flat],
         memory=memory(compiled.memory_analysis(), laid.state, module, times),
-        flops=even,
+        flops=flops.products + flops.kernels / spare_rows(config, mesh),
         worst_flops=flops.total,
-        model_flops=tokens * size.flops / len(places),
-        hbm_bytes=moved,
-        collectives=summary(found),
+        hbm_bytes=hbm_bytes(module, times),
+        collectives=collectives(module, times, mesh),
         tensors=largest_tensors(module, times),
-        estimate=estimate,
-        compile_seconds=seconds,
         notes=_notes(config, times.unknown),
+        compile_seconds=seconds,
     )
+    return Plan.of(config, topology, name, mesh, counted)
 
 
 def spare_rows(config: Config, mesh: dict[str, int]) -> int:

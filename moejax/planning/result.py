@@ -1,14 +1,42 @@
 """What a plan says: one record for the table, the JSON and the page."""
 
 import dataclasses
-from typing import Any
+import importlib.metadata
+from typing import Any, NamedTuple
 
 from moejax.config import Config
 from moejax.data.config import bpe_size
-from moejax.model.size import Size
+from moejax.model.size import Size, model_size
 from moejax.planning.chips import Topology
+from moejax.planning.collectives import Collective, summary
 from moejax.planning.memory import Memory, Tensor
-from moejax.planning.roofline import ASSUMPTIONS, Estimate
+from moejax.planning.roofline import ASSUMPTIONS, Estimate, collective_seconds
+
+
+class Counted(NamedTuple):
+    """What was read off a compiled step, or estimated of one; of one device.
+
+    Attributes:
+      places: of each device of the mesh; see `collective_seconds`.
+      memory: bytes.
+      flops: of a step, experts evenly loaded.
+      worst_flops: the same where every row of the experts' buffers holds a token.
+      hbm_bytes: moved in a step.
+      collectives: of a step.
+      tensors: the largest.
+      notes: what a reader must know.
+      compile_seconds: None = by formula, nothing was compiled.
+    """
+
+    places: list[tuple[int, ...]]
+    memory: Memory
+    flops: float
+    worst_flops: float
+    hbm_bytes: float
+    collectives: list[Collective]
+    tensors: list[Tensor]
+    notes: tuple[str, ...]
+    compile_seconds: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +75,43 @@ class Plan:
     compile_seconds: float
     notes: tuple[str, ...]
 
+    @classmethod
+    def of(
+        cls, config: Config, topology: Topology, name: str, mesh: dict[str, int], counted: Counted
+    ) -> "Plan":
+        """The plan that follows from what was counted."""
+        chip, devices = topology.chip, len(counted.places)
+        share = topology.chips / devices  # of a chip, that a device is
+        size = model_size(config, vocabulary(config))
+        tokens = config.data.batch * config.data.sequence
+        estimate = Estimate(
+            compute=counted.flops / (chip.flops * share),
+            hbm=counted.hbm_bytes / (chip.hbm_bandwidth * share),
+            collectives=collective_seconds(counted.collectives, topology, counted.places),
+            tokens=tokens,
+            model_flops=tokens * size.flops,
+            peak=chip.flops * topology.chips,
+        )
+        return cls(
+            name=name,
+            topology=topology,
+            mesh=mesh,
+            devices=devices,
+            hbm=chip.hbm * share,
+            compiled=counted.compile_seconds is not None,
+            size=size,
+            memory=counted.memory,
+            flops=counted.flops,
+            worst_flops=counted.worst_flops,
+            model_flops=estimate.model_flops / devices,
+            hbm_bytes=counted.hbm_bytes,
+            collectives=summary(counted.collectives),
+            tensors=counted.tensors,
+            estimate=estimate,
+            compile_seconds=counted.compile_seconds or 0.0,
+            notes=counted.notes,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values: bytes, FLOPs and seconds."""
         e = self.estimate
@@ -54,6 +119,7 @@ class Plan:
         rates = {how: e.rates(seconds) for how, seconds in steps.items()}
         return {
             "config": self.name,
+            "versions": versions(),
             "topology": self.topology.name,
             "chip": self.topology.chip._asdict(),
             "devices": self.devices,
@@ -94,6 +160,13 @@ class DoesNotFit(Exception):
             f"device; {advice}"
         )
         self.needed, self.available = needed, available
+
+
+def versions() -> dict[str, str]:
+    """Of what makes a plan; libtpu has the TPU compiler."""
+    installed = {package.name for package in importlib.metadata.distributions()}
+    known = [name for name in ("jax", "libtpu") if name in installed]
+    return {name: importlib.metadata.version(name) for name in known}
 
 
 def vocabulary(config: Config) -> int:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.stages import Lowered
 
@@ -132,13 +132,19 @@ def lay_out(config: Config, vocab_size: int, mesh: Any) -> Laid:
 
 
 def lower_train_step(config: Config, vocab_size: int, laid: Laid, width: int = 0) -> Lowered:
-    """The training step, traced for the mesh and ready to compile. `width`: see `build_program`."""
+    """The training step, traced for the mesh and ready to compile. `width`: see `build_program`.
+
+    On an abstract mesh it is lowered for TPUs, and there is nothing to compile it for.
+    """
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     graph = make_graph(config, vocab_size)
     step = functools.partial(train_step, graph=graph, config=config, optimizer=optimizer)
     batch = _abstract_batch(config, batch_sharding(laid.mesh), width)
     everywhere = NamedSharding(laid.mesh, P())  # read on the host: every process must hold it
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(laid.shardings, everywhere))
+    if isinstance(laid.mesh, AbstractMesh):
+        with jax.sharding.use_abstract_mesh(laid.mesh):
+            return jitted.trace(laid.state, batch).lower(lowering_platforms=("tpu",))
     with jax.set_mesh(laid.mesh):
         return jitted.lower(laid.state, batch)
 
