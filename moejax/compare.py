@@ -2,8 +2,9 @@
 
     moejax compare experiments/routers.py:smoke
 
-A variant's run that is finished is not run again, one that was cut is resumed. Run some variants
-here and some on another machine (--variants), then `moejax report DIR DIR ...` joins them.
+Several processes train each run together: the same command on each, as with `moejax train`. A
+variant's run that is finished is not run again, one that was cut is resumed. Run some variants here
+and some on another machine (--variants), then `moejax report DIR DIR ...` joins them.
 """
 
 import dataclasses
@@ -15,13 +16,14 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from moejax import cli
+from moejax import cli, meeting
 from moejax.config import Config, override
 from moejax.reporting import Suite, load, write_report
 
 OUT = flags.DEFINE_string("out", None, "output folder; default runs/EXPERIMENT/SCALE")
 VARIANTS = flags.DEFINE_list("variants", [], "only these variants")
 SEEDS = flags.DEFINE_list("seeds", [], "these seeds instead of the experiment's")
+flags.adopt_module_key_flags(meeting)
 
 
 def main(arguments: list[str]) -> int:
@@ -37,26 +39,33 @@ def main(arguments: list[str]) -> int:
     from moejax.training.checkpoint import check_claim, claim
     from moejax.training.loop import Stopped
     from moejax.training.meter import NonFiniteLoss
+    from moejax.training.processes import first
 
+    meeting.meet()
     for name, config in configs.items():  # all of them, before the first is written
         check_batch(config.data.batch // config.train.accumulation, make_mesh(config.mesh))
         check_claim(out / name, config)
+    waiting = unfinished(configs, out)
     for name, config in configs.items():
-        claim(out / name, config)
+        first(claim, out / name, config)
     described = {**suite.to_json(), "experiment": f"{path}:{scale}"}
     described["command"] = f"moejax compare {path}:{scale}"
-    (out / "suite.json").write_text(json.dumps(described, indent=2))
+    first((out / "suite.json").write_text, json.dumps(described, indent=2))
     try:
-        train_all(configs, out)
+        train_all(waiting, out)
     except Stopped as stop:
-        print(f"{stop}; so does the comparison", file=sys.stderr)
+        first(print, f"{stop}; so does the comparison", file=sys.stderr)
         return 0
     except NonFiniteLoss as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    first(report, suite, out)
+    return 0
+
+
+def report(suite: Suite, out: Path) -> None:
     print(write_report(load(out), suite, out))
     print(f"report: {out / 'report.html'}")
-    return 0
 
 
 def parse_seeds(words: list[str]) -> tuple[int, ...]:
@@ -102,17 +111,35 @@ def plan(suite: Suite, base: ConfigDict, only: list[str]) -> dict[str, Config]:
     }
 
 
-def train_all(configs: dict[str, Config], out: Path) -> None:
-    """Train what is not finished yet."""
-    from moejax.training.loop import train
+def unfinished(configs: dict[str, Config], out: Path) -> dict[str, Config]:
+    """What is left to train. Here the processes meet: all have looked at the folder, none has
+    written to it.
 
-    waiting = [name for name in configs if not (out / name / "summary.json").exists()]
+    Raises:
+      ValueError: processes that were given different configs, or that see different folders.
+    """
+    from moejax.data.storage import digest
+    from moejax.training.checkpoint import written_config
+    from moejax.training.processes import check_agree
+
+    finished = [name for name in configs if (out / name / "summary.json").exists()]
+    wanted = digest({name: written_config(config) for name, config in configs.items()})
+    check_agree(configs=wanted, finished=digest(finished))
+    return {name: config for name, config in configs.items() if name not in finished}
+
+
+def train_all(configs: dict[str, Config], out: Path) -> None:
+    """Train them in order, with the time left for all."""
+    from moejax.training.loop import train
+    from moejax.training.processes import first
+
     started = time.perf_counter()
-    for done, name in enumerate(waiting):
+    for done, (name, config) in enumerate(configs.items()):
         seconds = time.perf_counter() - started
-        left = f", {seconds / done * (len(waiting) - done):.0f} s left in all" if done else ""
-        print(f"[{done + 1}/{len(waiting)}] {name}{left}", file=sys.stderr, flush=True)
-        train(configs[name], out / name, label=name)
+        left = f", {seconds / done * (len(configs) - done):.0f} s left in all" if done else ""
+        line = f"[{done + 1}/{len(configs)}] {name}{left}"
+        first(print, line, file=sys.stderr, flush=True)
+        train(config, out / name, label=name)
 
 
 if __name__ == "__main__":

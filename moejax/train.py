@@ -12,18 +12,13 @@ from typing import Any
 
 from absl import flags
 
-from moejax import cli
+from moejax import cli, meeting
 from moejax.config import Config
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "where checkpoints and metrics go; resumed if it is this run's"
 )
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0, where the cluster does not say"
-)
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes in all")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
-WAIT = flags.DEFINE_integer("wait", 300, "seconds to wait for all processes to start", 1)
+flags.adopt_module_key_flags(meeting)
 
 
 def main(arguments: list[str]) -> int:
@@ -32,13 +27,11 @@ def main(arguments: list[str]) -> int:
     if "config" not in flags.FLAGS or WORKDIR.value is None:
         raise ValueError("--config=experiments/FILE.py:SCALE and --workdir=DIR are needed")
     config = Config.from_dict(flags.FLAGS.config)
-    from moejax.training.flags import set_xla_flags
     from moejax.training.loop import Stopped, train  # here: a typo should not wait for JAX
     from moejax.training.meter import NonFiniteLoss
-    from moejax.training.processes import first, join
+    from moejax.training.processes import first
 
-    set_xla_flags()
-    join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, WAIT.value)
+    meeting.meet()
     try:
         summary = train(config, Path(WORKDIR.value))
     except Stopped as stop:

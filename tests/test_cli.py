@@ -81,8 +81,9 @@ def moejax(monkeypatch, capsys):
         capsys.readouterr()
         if argv and argv[0] in cli.VERBS:
             name = cli.module_of(argv[0])
-            if name in sys.modules:
-                importlib.reload(sys.modules[name])
+            for module in ("moejax.meeting", name):
+                if module in sys.modules:
+                    importlib.reload(sys.modules[module])
         with pytest.raises(SystemExit) as caught:
             cli.main()
         return caught.value.code, *capsys.readouterr()

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -123,10 +124,11 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def environment(cache: Path | None = None, devices: int = 1) -> dict[str, str]:
-    """Of a process on simulated devices that compiles fast, or hardly at all with a cache."""
+    """Of a process on simulated devices that compiles fast, as conftest.py says, or hardly at all
+    with a cache."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     env |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    env["XLA_FLAGS"] = os.environ["XLA_FLAGS"]
     if cache is not None:
         env["JAX_COMPILATION_CACHE_DIR"] = str(cache)
         env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -143,3 +145,25 @@ def start(*arguments: str, cache: Path | None = None, devices: int = 1) -> subpr
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def together(
+    processes: int, *command: str, cache: Path | None = None, devices: int = 1
+) -> list[subprocess.Popen[str]]:
+    """`python COMMAND` on so many processes that meet here, of so many devices each."""
+    if processes == 1:
+        return [start(*command, cache=cache, devices=devices)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command += (f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}")
+    return [
+        start(*command, f"--process_id={i}", cache=cache, devices=devices) for i in range(processes)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]], code: int = 0) -> list[tuple[str, str]]:
+    """Standard output and error of each, once all have ended with this exit code."""
+    said = [process.communicate(timeout=180) for process in processes]
+    assert [process.returncode for process in processes] == [code] * len(processes), said
+    return said

@@ -83,8 +83,7 @@ def train(
     width = 0 if recording is None else recording.width
     program = build_program(config, dataset.vocab_size, len(dataset.domains), None, width)
     first(claim, workdir, config)  # a config that does not fit the machine leaves nothing behind
-    if config.leaks:
-        progress.say(f"warning: {_LEAK.format(config.router.label, config.moe.groups)}")
+    first(_warn_of_leaks, config, progress)
     run = _Run(config, workdir, dataset, program, progress, recording)
     try:
         with _interruptible() as interrupted:
@@ -92,6 +91,11 @@ def train(
     finally:
         run.close()
     return first(run.finish, time.perf_counter() - started) or {}
+
+
+def _warn_of_leaks(config: Config, progress: Progress) -> None:
+    if config.leaks:
+        progress.say(f"warning: {_LEAK.format(config.router.label, config.moe.groups)}")
 
 
 class _Run:
@@ -127,7 +131,7 @@ class _Run:
         tokens = config.data.batch * config.data.sequence
         self.meter = Meter(tokens, tokens * program.size.flops, peak_flops(), saved["meter"])
         self.schedule = make_schedule(config.optimizer, config.train.steps)
-        first(_write_json, workdir / "run.json", provenance(config, dataset, program))
+        first(_write_provenance, workdir, config, dataset, program)
 
     def first_state(self) -> TrainState:
         """At step 0, or as the dense run that `train.upcycle` names left it."""
@@ -243,6 +247,12 @@ def check_same_data(workdir: Path, dataset: TextDataset) -> None:
             f"{workdir} was trained on text of fingerprint {there}, this machine's corpus has "
             f"{dataset.fingerprint}; choose another --workdir, or bring the run's own corpus"
         )
+
+
+def _write_provenance(
+    workdir: Path, config: Config, dataset: TextDataset, program: Program
+) -> None:
+    _write_json(workdir / "run.json", provenance(config, dataset, program))
 
 
 def provenance(config: Config, dataset: TextDataset, program: Program) -> dict[str, Any]:

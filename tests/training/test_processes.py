@@ -15,6 +15,7 @@ from moejax.sharding import local_rows, make_mesh
 from moejax.training.processes import HEARTBEAT, LEAVING, join
 from moejax.training.records import read_records
 from tests import tiny
+from tests.tiny import finish
 from tests.training import experiment
 from tests.training.test_killed import latest, stop_at, timeless
 
@@ -31,23 +32,10 @@ def cache(tmp_path_factory):
 
 def start(workdir, *flags, cache=None, processes=1, devices=4):
     """`moejax train` on so many processes, of so many devices each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = ["-m", "moejax.train", "--config=tests/training/experiment.py", *flags]
     command += [f"--config.train.{key}={value}" for key, value in SHORT.items()]
     command += [f"--workdir={workdir}", f"--config.data.data_dir={tiny.data_dir()}"]
-    if processes > 1:
-        command += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}"]
-    own = [[f"--process_id={i}"] if processes > 1 else [] for i in range(processes)]
-    return [tiny.start(*command, *flags, cache=cache, devices=devices) for flags in own]
-
-
-def finish(processes, code=0):
-    """Standard output and error of each, once all have ended with this exit code."""
-    said = [process.communicate(timeout=180) for process in processes]
-    assert [process.returncode for process in processes] == [code] * len(processes), said
-    return said
+    return tiny.together(processes, *command, cache=cache, devices=devices)
 
 
 @pytest.fixture(scope="module")
