@@ -12,7 +12,7 @@ from typing import Any
 
 from .cells import Table, jsonable, markdown, terminal
 from .claims import Claim, Verdict
-from .fairness import caveats
+from .fairness import caveats, learning_rates
 from .figures import Figure
 from .page import page
 from .plots import all_figures
@@ -98,6 +98,16 @@ def _scale(results: Results) -> str:
     return f"Scale: {results.scale}" if results.scale else ""
 
 
+def _conditions(results: Results) -> list[str]:
+    """What the arms have in common, what their size can show, and how they were tuned."""
+    texts = {
+        "Matched": results.suite.get("matched", ""),
+        "What this scale can show": results.suite.get("limits", ""),
+        "Learning rates": learning_rates(results),
+    }
+    return [f"{label}: {text}." for label, text in texts.items() if text]
+
+
 def _text(results: Results, judged: Judged, tables: Sequence[Table]) -> str:
     head = [_title(results), results.question, tally(judged)]
     warnings = [f"! {line}" for line in caveats(results)]
@@ -109,7 +119,8 @@ def _markdown(
     results: Results, judged: Judged, tables: Sequence[Table], figures: Sequence[Figure]
 ) -> str:
     config = [table for table in tables if table.name == "config"]
-    parts = [f"# {_title(results)}", results.question, _scale(results), f"**{tally(judged)}**"]
+    parts = [f"# {_title(results)}", results.question, _scale(results), *_conditions(results)]
+    parts.append(f"**{tally(judged)}**")
     parts += ["\n".join(f"> - {line}" for line in caveats(results))]
     parts += [markdown(table) for table in tables if table not in config]
     for figure in figures:
@@ -128,6 +139,7 @@ def _html(
         title=_title(results),
         question=results.question,
         scale=_scale(results),
+        conditions=_conditions(results),
         tally=tally(judged),
         caveats=caveats(results),
         tables=tables,
@@ -154,6 +166,7 @@ def _summary(results: Results, judged: Judged, tables: Sequence[Table]) -> dict[
         {
             **{"name": results.name, "scale": results.scale, "question": results.question},
             **{"variants": results.variants, "baseline": results.baseline},
+            "conditions": _conditions(results),
             **{"tally": tally(judged), "caveats": caveats(results)},
             **{"incomplete": results.incomplete, "provenance": provenance(results)},
             **{"verdicts": verdicts, "tables": {t.name: t.to_json() for t in tables}, "runs": runs},
