@@ -5,7 +5,7 @@ trainer.
 from .claims import Claim, Verdict, all_of
 from .contrasts import contrast, falling, sees_later, steadier, under
 from .judges import at_most, less, positive, ratio_at_least, similar, sooner
-from .metrics import Difference, Quotient, StepsTo, Window
+from .metrics import Difference, Either, Quotient, StepsTo, Window
 from .report import write_report
 from .results import Results, Run, load
 from .suite import Suite
@@ -13,6 +13,7 @@ from .suite import Suite
 __all__ = [
     "Claim",
     "Difference",
+    "Either",
     "Quotient",
     "Results",
     "Run",

@@ -43,6 +43,21 @@ class Quotient:
 
 
 @dataclass(frozen=True)
+class Either:
+    """The first of two metrics that the run has."""
+
+    first: Metric
+    second: Metric
+
+    def __call__(self, run: Run) -> float | None:
+        found = run.value(self.first)
+        return run.value(self.second) if found is None else found
+
+    def __str__(self) -> str:
+        return f"{self.first} or {self.second}"
+
+
+@dataclass(frozen=True)
 class Window:
     """Mean of one field of the training records between two shares of the run (0 = start, 1 =
     end).

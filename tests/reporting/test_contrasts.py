@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moejax.reporting import (
+    Either,
     Quotient,
     Results,
     contrast,
@@ -116,3 +117,9 @@ def test_quotient_of_two_metrics_of_a_run(results: Results) -> None:
     assert Quotient("eval.max_vio_global", "eval.drop")(run) == pytest.approx(0.60 / 0.04)
     assert Quotient("eval.drop", "eval.max_vio_global")(results.of("expert_choice")[0]) is None
     assert str(Quotient("a", "b")) == "a / b"
+
+
+def test_either_of_two_metrics(results: Results) -> None:
+    pooled = Either("eval.bpb_as_trained", "eval.bpb")
+    assert pooled(results.of("expert_choice")[0]) == 2.30
+    assert pooled(results.of("switch")[0]) == 2.40
