@@ -1,11 +1,21 @@
 """The spine: what a Mixture-of-Experts layer does, one line a stage. Pure functions of arrays."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from moejax.dispatch import Bounds, Experts, make_plan, route, run_experts
+from moejax.dispatch import (
+    DISPATCH,
+    Experts,
+    Shards,
+    expert_specs,
+    mesh_shards,
+    route_and_plan,
+)
+from moejax.dispatch.local import per_token
 from moejax.routing import MoeStats, Recorded, Router, RouterInput, Routing, moe_stats
 from moejax.routing.replay import record as record_routing
 
@@ -30,12 +40,6 @@ class MoeOptions(NamedTuple):
     capacity_factor: float | None = None
     groups: str = "batch"
     jitter: float = 0.0
-
-    def per_token(self, routing: Routing) -> int:
-        """How many assignments a token has at most: K where it chooses, else E."""
-        num_tokens, num_experts = routing.scores_TE.shape
-        chooses = self.router.spec is not None and self.router.spec.chooses == "token"
-        return routing.token_N.shape[0] // num_tokens if chooses else num_experts
 
 
 def moe(
@@ -66,25 +70,58 @@ def moe(
     Returns:
       y_BSD in x's dtype, zeros where no expert worked on a token, and the layer's statistics.
     """
-    x_TD, sequences = x_BSD.reshape(-1, x_BSD.shape[-1]), x_BSD.shape[0]
+    x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
     r = router_input(p, x_TD, valid_BS, token_BS, key, state, options.jitter)
     if recorded is not None:
         recorded = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), recorded)
         r = r._replace(recorded=recorded)
-    routing = route(options.router.route, r, sequences, options.groups)
-    plan = make_plan(routing, options.capacity_factor, num_groups(x_BSD.shape, options.groups))
-    most = options.per_token(routing)
-    bounds = Bounds(most, local_slots=options.groups == "sequence")
-    y_TD, output_ED = run_experts(
-        options.dispatch, p.experts, x_TD, plan, options.activation, bounds
+    shards = mesh_shards()
+    layer = functools.partial(_layer, options=options, record=record, shards=shards)
+    if not shards.axes:
+        return layer(p.experts, x_BSD, r)
+    if x_BSD.shape[0] % shards.count:
+        raise ValueError(
+            f"{x_BSD.shape[0]} sequences are not divisible by data x fsdp x expert = {shards.count}"
+        )
+    cut, whole = P(shards.axes), P()
+    r_cut: Any = jax.tree.map(lambda _: cut, r._replace(key=None, state=None))
+    stats_cut: Any = dict.fromkeys(MoeStats._fields, whole) | {"recorded": cut}
+    return jax.shard_map(
+        layer,
+        in_specs=(expert_specs(p.experts), cut, r_cut._replace(key=whole, state=whole)),
+        out_specs=(cut, MoeStats(**stats_cut)),
+        check_vma=False,
+    )(p.experts, x_BSD, r)
+
+
+def _layer(
+    p: Experts,
+    x_BSD: jax.Array,
+    r: RouterInput,
+    *,
+    options: MoeOptions,
+    record: bool,
+    shards: Shards,
+) -> tuple[jax.Array, MoeStats]:
+    """The layer on this device's sequences: what an MoE layer does, one line a stage."""
+    x_TD, sequences = x_BSD.reshape(-1, x_BSD.shape[-1]), x_BSD.shape[0]
+    routing, plan = route_and_plan(
+        *(options.router, r, sequences),
+        groups=options.groups,
+        capacity_factor=options.capacity_factor,
+        shards=shards,
     )
+    spread = bool(shards.axes)
+    y_TD, output_ED = DISPATCH[options.dispatch](p, x_TD, plan, options.activation, spread)
+    if spread:  # each device of the axis `tensor` has worked with a part of the hidden width
+        y_TD, output_ED = jax.lax.psum((y_TD, output_ED), "tensor")
     if routing.rest_TD is not None:
         y_TD = (y_TD + routing.rest_TD).astype(x_TD.dtype)
-    y_BSD = y_TD.reshape(x_BSD.shape)
-    stats = moe_stats(r, routing, plan, output_ED, sequences)
+    stats = shards.total(moe_stats(r, routing, plan, output_ED, sequences))
     if record:
+        most = per_token(options.router, routing)
         stats = stats._replace(recorded=_recording(routing, x_BSD.shape, most))
-    return y_BSD, stats
+    return y_TD.reshape(x_BSD.shape), stats
 
 
 def _recording(routing: Routing, shape: tuple[int, ...], most: int) -> Recorded:
@@ -124,8 +161,3 @@ def _project(x_TD: jax.Array, w_DX: jax.Array) -> jax.Array:
     # Full float32 products: TPUs and GPUs would otherwise multiply in bfloat16 or TF32 and flip
     # choices.
     return jnp.dot(x_TD, w_DX, precision=jax.lax.Precision.HIGHEST)
-
-
-def num_groups(shape: tuple[int, ...], groups: str) -> int:
-    """How many groups a [B, S, ...] batch is cut into."""
-    return {"batch": 1, "sequence": shape[0], "position": shape[1]}[groups]

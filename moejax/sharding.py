@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.config import MeshConfig
-from moejax.dispatch.parallel import BATCH_AXES
+from moejax.dispatch import BATCH_AXES
 
 SHARDINGS: dict[str, P] = {
     "embed_VD": P("tensor", "fsdp"),

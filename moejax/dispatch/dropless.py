@@ -8,16 +8,18 @@ import jax
 import jax.numpy as jnp
 
 from moejax.dispatch.experts import Experts, experts_grouped
+from moejax.dispatch.parallel import spread_grouped
 from moejax.dispatch.plan import Plan
 
 
 def dropless(
-    p: Experts, x_TD: jax.Array, plan: Plan, activation: str
+    p: Experts, x_TD: jax.Array, plan: Plan, activation: str, spread: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Same contract and result as `einsum`, in O(N D)."""
     token_N = plan.token_N[plan.order_N]
     weight_N = plan.weight_N[plan.order_N]
-    y_ND = experts_grouped(p, x_TD[token_N], plan.load_E, activation)
+    compute = spread_grouped if spread else experts_grouped
+    y_ND = compute(p, x_TD[token_N], plan.load_E, activation)
     y_ND = y_ND.astype(jnp.float32) * weight_N[:, None]
     y_TD = jnp.zeros(x_TD.shape, jnp.float32).at[token_N].add(y_ND)
     output_ED = jnp.zeros((plan.load_E.shape[0], x_TD.shape[1]), jnp.float32)

@@ -5,10 +5,13 @@ import jax
 import jax.numpy as jnp
 
 from moejax.dispatch.experts import Experts, experts_batched
+from moejax.dispatch.parallel import spread_batched
 from moejax.dispatch.plan import Plan
 
 
-def einsum(p: Experts, x_TD: jax.Array, plan: Plan, activation: str) -> tuple[jax.Array, jax.Array]:
+def einsum(
+    p: Experts, x_TD: jax.Array, plan: Plan, activation: str, spread: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Tokens to expert buffers and back by matmuls with a one-hot [T, E, C] tensor.
 
     Args:
@@ -16,17 +19,18 @@ def einsum(p: Experts, x_TD: jax.Array, plan: Plan, activation: str) -> tuple[ja
       x_TD: tokens, in the compute dtype.
       plan: who goes where; C = plan.slots.
       activation: a key of ACTIVATIONS.
+      spread: the experts lie on several devices, and this one is inside `shard_map`.
 
     Returns:
       y_TD in x's dtype; zeros for a token that no expert worked on. And output_ED, float32, each
         expert's weighted outputs added up, which costs nothing where nobody reads it.
     """
-    shape = (x_TD.shape[0], p.w_in_EDF.shape[0], plan.slots)
+    shape = (x_TD.shape[0], plan.load_E.shape[0], plan.slots)
     where = (plan.token_N, plan.expert_N, plan.slot_N)
     dispatch_TEC = jnp.zeros(shape, x_TD.dtype).at[where].set(1, mode="drop")
     combine_TEC = jnp.zeros(shape, plan.weight_N.dtype).at[where].set(plan.weight_N, mode="drop")
     x_ECD = jnp.einsum("tec,td->ecd", dispatch_TEC, x_TD)
-    y_ECD = experts_batched(p, x_ECD, activation)
+    y_ECD = (spread_batched if spread else experts_batched)(p, x_ECD, activation)
     y_TD = jnp.einsum("tec,ecd->td", combine_TEC, y_ECD, preferred_element_type=jnp.float32)
     output_ED = jnp.einsum("ec,ecd->ed", combine_TEC.sum(0), y_ECD.astype(jnp.float32))
     return y_TD.astype(x_TD.dtype), output_ED

@@ -4,13 +4,16 @@ import jax
 import jax.numpy as jnp
 
 from moejax.dispatch.experts import Experts, experts_batched
+from moejax.dispatch.parallel import spread_batched
 from moejax.dispatch.plan import Plan
 
 
-def gather(p: Experts, x_TD: jax.Array, plan: Plan, activation: str) -> tuple[jax.Array, jax.Array]:
+def gather(
+    p: Experts, x_TD: jax.Array, plan: Plan, activation: str, spread: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Same contract and result as `einsum`, in O(E C D) instead of O(T E C D)."""
     num_tokens = x_TD.shape[0]
-    num_experts = p.w_in_EDF.shape[0]
+    num_experts = plan.load_E.shape[0]
     where = (plan.expert_N, plan.slot_N)
     # Free slots point past the last token: they read zeros, and what they give is dropped.
     token_EC = jnp.full((num_experts, plan.slots), num_tokens, jnp.int32)
@@ -18,7 +21,7 @@ def gather(p: Experts, x_TD: jax.Array, plan: Plan, activation: str) -> tuple[ja
     weight_EC = jnp.zeros((num_experts, plan.slots), plan.weight_N.dtype)
     weight_EC = weight_EC.at[where].set(plan.weight_N, mode="drop")
     x_ECD = x_TD.at[token_EC].get(mode="fill", fill_value=0)
-    y_ECD = experts_batched(p, x_ECD, activation)
+    y_ECD = (spread_batched if spread else experts_batched)(p, x_ECD, activation)
     y_ECD = y_ECD.astype(jnp.float32) * weight_EC[..., None]
     y_TD = jnp.zeros(x_TD.shape, jnp.float32).at[token_EC].add(y_ECD, mode="drop")
     return y_TD.astype(x_TD.dtype), y_ECD.sum(1)

@@ -4,6 +4,9 @@ Groups: capacity, and an expert's choice among tokens, hold within a *group* of 
 all tokens of the batch; 'sequence': each sequence on its own; 'position': the tokens at one
 position of all sequences. Group g owns the slots [g C, (g+1) C) of every expert's buffer, so that
 dispatch knows nothing of groups.
+
+Inside `shard_map` a plan is about this device's tokens, and so are its slots: a device's rows of an
+expert fill a buffer of its own. Who drops is decided in the whole batch.
 """
 
 import dataclasses
@@ -12,6 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from moejax.dispatch.shards import ALONE, Shards
 from moejax.routing.types import RouterFn, RouterInput, Routing
 
 GROUPS = ("batch", "sequence", "position")
@@ -31,6 +35,7 @@ class Plan:
       load_E: int32, kept assignments per expert.
       order_N: int32, the permutation that sorts the assignments by expert; those nowhere come last.
       slots: static int, groups x C, the size of an expert's buffer.
+      choices: static int, assignments over tokens: K where tokens choose.
     """
 
     token_N: jax.Array
@@ -40,6 +45,12 @@ class Plan:
     load_E: jax.Array
     order_N: jax.Array
     slots: int = dataclasses.field(metadata={"static": True})
+    choices: int = dataclasses.field(metadata={"static": True})
+
+
+def num_groups(sequences: int, length: int, groups: str) -> int:
+    """How many groups a batch of so many sequences of one length is cut into."""
+    return {"batch": 1, "sequence": sequences, "position": length}[groups]
 
 
 def split_groups(a_T: jax.Array, sequences: int, groups: str) -> jax.Array:
@@ -56,15 +67,17 @@ def merge_groups(a_G: jax.Array, groups: str) -> jax.Array:
     return a_BS.reshape(-1, *a_BS.shape[2:])
 
 
-def route(router: RouterFn, r: RouterInput, sequences: int, groups: str) -> Routing:
-    """The router applied to each group; its assignments, listed group by group, in global token
-    ids."""
+def route(
+    router: RouterFn, r: RouterInput, sequences: int, groups: str, shards: Shards = ALONE
+) -> Routing:
+    """The router applied to each group; its assignments, listed group by group, in the numbers of
+    the tokens of `r`. With `shards`, groups are whole sequences, or the router needs no key."""
     token_T = jnp.arange(r.logits_TE.shape[0], dtype=jnp.int32)
     token_G = split_groups(token_T, sequences, groups)
     # Every field has the token axis but the state, which all groups share, and the key.
     of_tokens = r._replace(key=None, state=None)
     in_groups = jax.tree.map(lambda a: split_groups(a, sequences, groups), of_tokens)._replace(
-        key=None if r.key is None else jax.random.split(r.key, token_G.shape[0]), state=r.state
+        key=None if r.key is None else _group_keys(r.key, token_G.shape[0], shards), state=r.state
     )
     axes = jax.tree.map(lambda _: 0, in_groups._replace(state=None))
     routing = jax.vmap(router, in_axes=(axes,))(in_groups)
@@ -79,6 +92,12 @@ def route(router: RouterFn, r: RouterInput, sequences: int, groups: str) -> Rout
         {name: sums_G.sum(0) for name, sums_G in routing.sums.items()},
         None if rest_GTD is None else merge_groups(rest_GTD, groups),
     )
+
+
+def _group_keys(key: jax.Array, groups: int, shards: Shards) -> jax.Array:
+    """Each group's key, the same wherever the group lies."""
+    keys = jax.random.split(key, groups * shards.count)
+    return jax.lax.dynamic_slice_in_dim(keys, shards.index() * groups, groups)
 
 
 def capacity(factor: float | None, assignments: int, num_experts: int, tokens: int) -> int:
@@ -100,7 +119,13 @@ def capacity(factor: float | None, assignments: int, num_experts: int, tokens: i
     return min(math.ceil(round(factor * assignments / num_experts, 9)), most)
 
 
-def make_plan(routing: Routing, capacity_factor: float | None, groups: int = 1) -> Plan:
+def make_plan(
+    routing: Routing,
+    capacity_factor: float | None,
+    groups: int = 1,
+    shards: Shards = ALONE,
+    waves: int = 1,
+) -> Plan:
     """Walk each group's assignments in order; each takes the next slot of its expert while one is
     free.
 
@@ -108,10 +133,15 @@ def make_plan(routing: Routing, capacity_factor: float | None, groups: int = 1) 
       routing: N assignments, N / groups for each group, listed group by group.
       capacity_factor: see `capacity`.
       groups: how many groups the N assignments are cut into.
+      shards: inside `shard_map`, the devices that share one group; groups is 1 then.
+      waves: with `shards`, the equal runs of the list that come after each other in
+        the whole batch: K where all first choices go before any second one.
     """
     num_tokens, num_experts = routing.scores_TE.shape
     num = routing.token_N.shape[0]
-    room = capacity(capacity_factor, num // groups, num_experts, num_tokens // groups)
+    in_group, tokens = num // groups * shards.count, num_tokens // groups * shards.count
+    room = capacity(capacity_factor, in_group, num_experts, tokens)
+    slots = min(room, num // groups, num_tokens // groups)
     # Sorted by (expert, group) and, the sort being stable, by priority. An assignment's rank in its
     # run is the number of earlier assignments to the same expert of the same group.
     group_N = jnp.arange(num, dtype=jnp.int32) // (num // groups)
@@ -126,16 +156,36 @@ def make_plan(routing: Routing, capacity_factor: float | None, groups: int = 1) 
         .at[order_N]
         .set(jnp.arange(num, dtype=jnp.int32) - start[bucket_N[order_N]], unique_indices=True)
     )
-    keep_N = (routing.expert_N < num_experts) & (rank_N < room)
-    kept = jnp.minimum(sizes[:-1], room).reshape(num_experts, groups)
-    if room < num // groups:  # what dropped moves behind everything kept
+    keep_N = routing.expert_N < num_experts
+    if room < min(in_group, tokens):  # something may drop
+        before_N = 0 if shards.count == 1 else _earlier_elsewhere(routing, waves, shards)
+        keep_N &= rank_N + before_N < room
+        # What dropped moves behind everything kept.
         order_N = order_N[jnp.argsort(~keep_N[order_N], stable=True)]
+    expert_N = jnp.where(keep_N, routing.expert_N, num_experts)
     return Plan(
         token_N=routing.token_N,
-        expert_N=jnp.where(keep_N, routing.expert_N, num_experts),
+        expert_N=expert_N,
         weight_N=jnp.where(keep_N, routing.weight_N, 0.0),
-        slot_N=group_N * room + rank_N,
-        load_E=kept.sum(1),
+        slot_N=group_N * slots + rank_N,
+        load_E=jnp.zeros(num_experts, jnp.int32).at[expert_N].add(1, mode="drop"),
         order_N=order_N,
-        slots=groups * room,
+        slots=groups * slots,
+        choices=max(1, num // num_tokens),
     )
+
+
+def _earlier_elsewhere(routing: Routing, waves: int, shards: Shards) -> jax.Array:
+    """For each assignment, how many of other devices go to its expert before it: those of earlier
+    waves, and those of its own wave on devices with earlier tokens."""
+    num_experts = routing.scores_TE.shape[-1]
+    expert_WN = routing.expert_N.reshape(waves, -1)
+    wave_WN = jnp.broadcast_to(jnp.arange(waves)[:, None], expert_WN.shape)
+    count_WE = jnp.zeros((waves, num_experts), jnp.int32).at[wave_WN, expert_WN].add(1, mode="drop")
+    count_RWE = shards.stacked(count_WE)
+    others_WE = count_RWE.sum(0) - count_WE
+    earlier_waves_WE = jnp.cumsum(others_WE, axis=0) - others_WE
+    earlier_R = jnp.arange(shards.count) < shards.index()
+    earlier_shards_WE = jnp.where(earlier_R[:, None, None], count_RWE, 0).sum(0)
+    before_WE = earlier_waves_WE + earlier_shards_WE
+    return before_WE.at[wave_WN, expert_WN].get(mode="fill", fill_value=0).reshape(-1)

@@ -209,6 +209,7 @@ ROUTERS = {
         "load_balance loss",
         "Liu et al. 2024, 2409.12136",
         "means over draws against their expectation",
+        draws=True,
     ),
     "densemixer": RouterSpec(
         densemixer,

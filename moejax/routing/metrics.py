@@ -68,7 +68,7 @@ def moe_stats(
     `output_ED` None = not known; `sequences` is how many the tokens are, of equal length.
     """
     num_tokens, num_experts = routing.scores_TE.shape
-    choices = max(1, routing.token_N.shape[0] // num_tokens)
+    choices = plan.choices
     chosen_N = routing.choice_N >= 0
     assigned_N = ((routing.expert_N < num_experts) & chosen_N).astype(jnp.int32)
     kept_N = ((plan.expert_N < num_experts) & chosen_N).astype(jnp.int32)

@@ -226,6 +226,7 @@ ROUTERS = {
         "load probabilities by hand and by drawing noise again",
         columns=_columns,
         weights=zeros,
+        draws=True,
     ),
     "hierarchical": RouterSpec(
         hierarchical,
@@ -236,6 +237,7 @@ ROUTERS = {
         "two levels written out by loops",
         columns=_hierarchical_columns,
         weights=zeros,
+        draws=True,
     ),
     "vmoe": RouterSpec(
         vmoe,
@@ -244,5 +246,6 @@ ROUTERS = {
         "importance, load losses",
         "Riquelme et al. 2021, 2106.05974",
         "V-MoE test values",
+        draws=True,
     ),
 }

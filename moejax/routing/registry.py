@@ -48,6 +48,7 @@ class Router(NamedTuple):
       update: (state, MoeStats) -> state, both with a leading layer axis.
       columns: E -> how many further projections of a token it looks at.
       spec: the catalogue entry, None for a user's own function.
+      order: who goes first when an expert is full: see `token_choice`.
     """
 
     route: RouterFn
@@ -55,6 +56,7 @@ class Router(NamedTuple):
     update: Callable[[Any, MoeStats], Any]
     columns: Callable[[int], int]
     spec: RouterSpec | None = None
+    order: str = "k_major"
 
 
 def hyperparameters(router: str | RouterFn) -> dict[str, Any]:
@@ -98,6 +100,7 @@ def make_router(router: str | RouterFn, options: Mapping[str, Any] | None = None
         update=bound("update", lambda state, stats: state),
         columns=bound("columns", lambda experts: 0),
         spec=None if callable(router) else ROUTERS[router],
+        order=(known | options).get("order", "k_major"),
     )
 
 

@@ -114,6 +114,7 @@ ROUTERS = {
         "load_balance_top1 loss",
         "Lepikhin et al. 2020, 2006.16668",
         "praxis and flaxformer test values",
+        draws=True,
     ),
     "topk": RouterSpec(
         topk,

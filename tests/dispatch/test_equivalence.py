@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from moejax.dispatch import DISPATCH, Experts, make_plan, route
-from moejax.moe import MoeOptions, MoeParams, moe, num_groups, router_input
+from moejax.dispatch import DISPATCH, Experts, make_plan, num_groups, route
+from moejax.moe import MoeOptions, MoeParams, moe, router_input
 from moejax.reference import dense_moe, plan_TE
 from moejax.routing import ROUTERS, LayerSize, Routing, make_router
 from tests.dispatch.plans import plan_with
@@ -96,7 +96,7 @@ class Case:
         x_TD = x_BSD.reshape(-1, DIM)
         r = router_input(p, x_TD, valid_BS, self.token_BS, key, self.state, 0.0)
         routing = route(self.router.route, r, self.shape[0], self.groups)
-        plan = make_plan(routing, self.factor, num_groups(x_BSD.shape, self.groups))
+        plan = make_plan(routing, self.factor, num_groups(*x_BSD.shape[:2], self.groups))
         weight_TE = plan_TE(plan, x_TD.shape[0], self.num_experts)
         y_TD = dense_moe(p.experts, x_TD, weight_TE, self.activation)
         if routing.rest_TD is not None:

@@ -1,7 +1,7 @@
 """Experts spread over devices: the outputs, gradients and statistics of one device."""
 
+import collections
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,10 @@ from jax.sharding import PartitionSpec as P
 from moejax.config import MeshConfig
 from moejax.dispatch import Experts
 from moejax.moe import MoeOptions, MoeParams, moe
-from moejax.routing import ROUTERS, LayerSize, make_router
+from moejax.planning.collectives import collectives
+from moejax.planning.hlo import parse
+from moejax.planning.loops import runs
+from moejax.routing import ROUTERS, LayerSize, RouterInput, Routing, make_router, token_choice
 from moejax.sharding import BATCH_AXES, SHARDINGS, make_mesh
 
 ROWS, LENGTH, DIM, FFN, EXPERTS = 8, 6, 8, 12, 8
@@ -36,9 +39,25 @@ CASES = {
     "expert choice dropless": ("expert_choice", {"k": 2}, "dropless", None, "position"),
     "einsum": ("topk", {"k": 2}, "einsum", 1.0, "sequence"),
 }
+
+
+def best_of_the_batch(r: RouterInput) -> Routing:
+    """A user's own router, whose tokens do not choose alone: they look at the batch's mean."""
+    scores_TE = jax.nn.softmax(r.logits_TE - r.logits_TE.mean(0)[None])
+    weight_TK, expert_TK = jax.lax.top_k(scores_TE, 2)
+    return token_choice(r, expert_TK, weight_TK, scores_TE)
+
+
 COVERED = {router for router, *_ in CASES.values()}
 EVERY = [name for name in ROUTERS if name not in COVERED]
-CASES |= {name: (name, {}, "dropless", None, "batch") for name in EVERY}
+# With a capacity that binds across devices: who is first is decided in the whole batch.
+CASES |= {name: (name, {}, "dropless", 0.75, "batch") for name in EVERY}
+CASES |= {
+    "token-major": ("topk", {"order": "token_major"}, "gather", 0.75, "batch"),
+    "batch priority": ("topk", {"order": "bpr"}, "gather", 0.75, "batch"),
+    "noise in sequences": ("gshard_top2", {}, "gather", 0.75, "sequence"),
+    "a function": (best_of_the_batch, {}, "dropless", 0.75, "batch"),
+}
 
 
 def normal(*shape: int) -> jax.Array:
@@ -106,6 +125,8 @@ def result(name: str, mesh: MeshConfig, crowd: float):
     return jax.device_get(compiled(*jax.device_put((p, X_BSD, VALID_BS), where)))
 
 
+# Every expert is listed for every token, or all rows are spread evenly: nothing drops.
+NEVER_FULL = {"base", "remoe", "densemixer", "dselect_k"}
 # One case of each dispatch on all meshes, the others of the list on two, all other routers on one.
 PAIRS = [
     (name, mesh)
@@ -126,22 +147,50 @@ def test_the_same_as_on_one_device(name: str, mesh: str) -> None:
         jax.tree.map(close, got, want)
         _, (y_BSD, stats) = got
         assert np.abs(y_BSD).max() > 0.1
-        if CASES[name][3] is not None and crowd:
+        if CASES[name][3] is not None and crowd and name not in NEVER_FULL:
             assert int(stats.load_E.sum()) > int(stats.kept_E.sum())  # something dropped
 
 
-def exchanges(name: str, *kinds: str) -> list[str]:
-    """The collectives of these kinds that move rows of floats over the expert axis."""
-    text = compiled_layer(name, MESHES["expert=8"])[0].as_text()
-    found = [re.search(rf" = .*f32.* ({'|'.join(kinds)})\(", line) for line in text.splitlines()]
-    return [match.group(1) for match in found if match]
+BATCH, WIDE = "data,fsdp,expert", "fsdp=2 expert=2 tensor=2"
+# (kind, axis, calls) of the compiled layer with its gradients: those of rows, weights and sums.
+SWITCH = {
+    # Rows: there and back, forward and backward.
+    ("all-to-all", "expert"): 4,
+    # Weights: gathered where they are used, their gradients scattered.
+    ("all-gather", "fsdp"): 3,
+    ("reduce-scatter", "fsdp"): 3,
+    # The hidden width's parts: of the output, and of the gradients of input and logits, together.
+    ("all-reduce", "tensor"): 2,
+    # All statistics together, and the gradient of the router's weights.
+    ("all-reduce", "fsdp,expert"): 2,
+}
 
 
-def test_two_all_to_alls_forward_and_two_backward() -> None:
-    assert exchanges("switch", "all-to-all") == ["all-to-all"] * 4
+def talk(name: str, mesh: str) -> list[tuple[str, str, int]]:
+    """Every collective between devices: kind, axes, bytes."""
+    module = parse(compiled_layer(name, MESHES[mesh])[0].as_text())
+    sizes = {axis: getattr(MESHES[mesh], axis) for axis in ("data", "fsdp", "expert", "tensor")}
+    return [(c.kind, c.axes, c.bytes) for c in collectives(module, runs(module), sizes)]
+
+
+def test_the_budget_of_collectives() -> None:
+    found = talk("switch", WIDE)
+    assert collections.Counter((kind, axes) for kind, axes, _ in found) == SWITCH
+    rows = {size for kind, _, size in found if kind == "all-to-all"}
+    # 2 sequences on a device, each with ceil(6 / 8) slots at 8 experts.
+    assert rows == {2 * EXPERTS * DIM * 4}
+    # Routing is local: nothing is as big as the batch, and a capacity across devices asks for
+    # counts only, [devices, choices, experts].
+    for name in ("top-3", "top-2 with a capacity", "loss-free"):
+        gathered = [size for kind, axes, size in talk(name, "expert=8") if kind == "all-gather"]
+        counts = 8 * 2 * EXPERTS * 4
+        assert (counts in gathered) == (name == "top-2 with a capacity")
+
+
+def test_two_ragged_exchanges_forward_and_two_backward() -> None:
     # A CPU has no ragged all-to-all: forward it is an all-gather of rows, backward its transpose.
-    assert exchanges("top-3", "reduce-scatter") == ["reduce-scatter"] * 2
-    assert exchanges("top-3", "all-to-all") == []
+    found = [kind for kind, axes, _ in talk("top-3", "expert=8") if axes == "expert"]
+    assert found.count("reduce-scatter") == 2
 
 
 def test_experts_that_do_not_divide() -> None:

@@ -327,3 +327,29 @@ def test_combine_is_the_routing_written_out() -> None:
         jnp.zeros((2, 3)),
     )
     assert combine_TE(routing).tolist() == [[0.25, 0.0, 0.75], [0.0, 0.5, 0.0]]
+
+
+@pytest.mark.parametrize("name", [n for n, spec in ROUTERS.items() if spec.chooses == "token"])
+def test_tokens_choose_alone(name: str) -> None:
+    """Ten tokens choose what they choose among twelve, bar where noise is drawn for all."""
+    router, keys = make_router(name), jax.random.split(jax.random.key(3), 4)
+    r = RouterInput(
+        LOGITS_TE,
+        ALL_T,
+        state=state_of(name, SAME_E),
+        token_T=TOKEN_T,
+        next_T=TOKEN_T,
+        extra_TX=extra_of(name, LOGITS_TE),
+    )
+
+    def last_ten(first: int, key: jax.Array | None) -> jax.Array:
+        of_tokens = jax.tree.map(lambda a: a[first:], r._replace(state=None))
+        routing = router.route(of_tokens._replace(state=r.state, key=key))
+        return combine_TE(routing)[-10:]
+
+    @jax.jit
+    def moved(key: jax.Array | None) -> jax.Array:
+        return jnp.abs(last_ten(0, key) - last_ten(2, key)).max()
+
+    assert moved(None) < 1e-6
+    assert (jax.vmap(moved)(keys).max() > 1e-3) == ROUTERS[name].draws
