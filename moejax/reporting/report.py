@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .archive import archived
 from .cells import Table, jsonable, markdown, terminal
 from .claims import Claim, Verdict
 from .fairness import caveats, learning_rates
@@ -37,11 +38,18 @@ def write_report(results: Results, suite: Suite, out: str | Path) -> str:
     figures = all_figures(results)
     for figure in figures:
         write_atomically(out / "figures" / f"{figure.name}.png", figure.png)
-    summary = json.dumps(_summary(results, judged, tables), indent=1, allow_nan=False)
+    summary = written(_summary(results, judged, tables))
     write_atomically(out / "summary.json", summary.encode() + b"\n")
     write_atomically(out / "report.md", _markdown(results, judged, tables, figures).encode())
     write_atomically(out / "report.html", _html(results, judged, tables, figures).encode())
     return _text(results, judged, tables)
+
+
+def written(summary: dict[str, Any]) -> str:
+    """As JSON: one line a key, and one line a run, so that a file of many runs stays small."""
+    runs = ",\n  ".join(json.dumps(run, allow_nan=False) for run in summary["runs"])
+    text = json.dumps({**summary, "runs": []}, indent=1, allow_nan=False)
+    return text.replace('"runs": []', f'"runs": [\n  {runs}\n ]')
 
 
 def judge(results: Results, suite: Suite) -> Judged:
@@ -158,15 +166,12 @@ def _summary(results: Results, judged: Judged, tables: Sequence[Table]) -> dict[
         }
         for c, v in judged
     ]
-    runs = [
-        {"variant": run.variant, "seed": run.seed, "summary": run.summary, "run": run.info}
-        for run in results.runs
-    ]
+    runs = [archived(run) for run in results.runs]
     return jsonable(
         {
             **{"name": results.name, "scale": results.scale, "question": results.question},
             **{"variants": results.variants, "baseline": results.baseline},
-            "conditions": _conditions(results),
+            **{"conditions": _conditions(results), "suite": results.suite},
             **{"tally": tally(judged), "caveats": caveats(results)},
             **{"incomplete": results.incomplete, "provenance": provenance(results)},
             **{"verdicts": verdicts, "tables": {t.name: t.to_json() for t in tables}, "runs": runs},
