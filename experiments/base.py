@@ -29,3 +29,29 @@ def get_config(scale: str = "smoke") -> ConfigDict:
         config.optimizer.update(learning_rate=1e-3, warmup=250)
         config.train.update(steps=5000, log_every=50, eval_every=500, checkpoint_every=500)
     return config
+
+
+def many_arms(scale: str = "smoke") -> ConfigDict:
+    """The base of suites with a dozen arms or more: at smoke half the batch and half the steps."""
+    config = get_config(scale)
+    if scale == "smoke":
+        config.data.batch = 16
+        config.optimizer.warmup = 10
+        config.train.update(steps=120, eval_every=40, checkpoint_every=120)
+    return config
+
+
+def limits(scale: str, more: str = "") -> str:
+    """What a scale can and cannot show, for a suite of `many_arms`."""
+    if scale == "smoke":
+        size = (
+            "0.12 million tokens an arm show that everything runs, and gross effects (drops, "
+            "leaks, collapse); differences of loss between learned routers, 0.005 to 0.06 nats in "
+            "the papers, need about a hundred times as many"
+        )
+    else:
+        size = (
+            "82 million tokens an arm order dense and sparse models; between learned routers "
+            "of equal size a seed's spread is still as large as most published differences"
+        )
+    return f"{size}{'; ' if more else ''}{more}"

@@ -86,6 +86,11 @@ def get_suite(scale: str = "smoke") -> Suite:
         scale=scale,
         question="Does every router of the catalogue train, and stay balanced?",
         variants=variants,
+        unmatched={
+            "hierarchical": "four experts a token, by the method",
+            "top_p": "up to four experts a token, by the method",
+            "soft": "slots are parameters",
+        },
         seeds=(0,),
         claims=(),
     )

@@ -5,13 +5,19 @@
 Several processes train each run together: the same command on each, as with `moejax train`. A
 variant's run that is finished is not run again, one that was cut is resumed. Run some variants here
 and some on another machine (--variants), then `moejax report DIR DIR ...` joins them.
+
+With --learning_rates=0.5,1,2 each variant is first trained at each of these shares of its learning
+rate, on a seed of its own, and keeps the one of the lowest training loss.
 """
 
 import dataclasses
 import json
+import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -24,6 +30,8 @@ OUT = flags.DEFINE_string("out", None, "output folder; default runs/EXPERIMENT/S
 VARIANTS = flags.DEFINE_list("variants", [], "only these variants")
 SEEDS = flags.DEFINE_list("seeds", [], "these seeds instead of the experiment's")
 flags.adopt_module_key_flags(meeting)
+RATES = flags.DEFINE_list("learning_rates", [], "learning rates to try, in shares of each arm's")
+TRIALS = "learning_rates"  # their folder below the output folder
 
 
 def main(arguments: list[str]) -> int:
@@ -34,24 +42,24 @@ def main(arguments: list[str]) -> int:
     if SEEDS.value:
         suite = dataclasses.replace(suite, seeds=parse_seeds(SEEDS.value))
     out = Path(OUT.value or f"runs/{suite.name}/{suite.scale}")
-    configs = plan(suite, flags.FLAGS.config, VARIANTS.value)
-    from moejax.sharding import check_batch, make_mesh
-    from moejax.training.checkpoint import check_claim, claim
+    base, factors = flags.FLAGS.config, parse_factors(RATES.value)
+    configs = plan(suite, base, VARIANTS.value)
+    trials = plan_trials(suite, base, VARIANTS.value, factors) if factors else {}
     from moejax.training.loop import Stopped
     from moejax.training.meter import NonFiniteLoss
     from moejax.training.processes import first
 
     meeting.meet()
-    for name, config in configs.items():  # all of them, before the first is written
-        check_batch(config.data.batch // config.train.accumulation, make_mesh(config.mesh))
-        check_claim(out / name, config)
-    waiting = unfinished(configs, out)
-    for name, config in configs.items():
-        first(claim, out / name, config)
     described = {**suite.to_json(), "experiment": f"{path}:{scale}"}
-    described["command"] = f"moejax compare {path}:{scale}"
-    first((out / "suite.json").write_text, json.dumps(described, indent=2))
+    described["command"] = " ".join(["moejax compare", f"{path}:{scale}", *changes(sys.argv)])
+    waiting = claim_all(trials or configs, out)
     try:
+        if trials:
+            train_all(waiting, out, may_diverge=True)
+            described["learning_rates"] = rates = best_rates(trials, out)
+            configs = {name: at_rate(c, rates[name.split("/")[0]]) for name, c in configs.items()}
+            waiting = claim_all(configs, out)
+        first((out / "suite.json").write_text, json.dumps(described, indent=2))
         train_all(waiting, out)
     except Stopped as stop:
         first(print, f"{stop}; so does the comparison", file=sys.stderr)
@@ -78,6 +86,32 @@ def parse_seeds(words: list[str]) -> tuple[int, ...]:
         if not word.isdecimal():
             raise ValueError(f"--seeds: {word!r} is not a seed; use whole numbers, as in 0,1,2")
     return tuple(int(word) for word in words)
+
+
+def parse_factors(words: list[str]) -> tuple[float, ...]:
+    """The factors of --learning_rates=0.5,1,2.
+
+    Raises:
+      ValueError: a word that is no number above 0, or one that is there twice.
+    """
+    factors = []
+    for word in words:
+        try:
+            factors.append(float(word))
+        except ValueError:
+            factors.append(0.0)
+        if not 0 < factors[-1] < math.inf or factors.index(factors[-1]) < len(factors) - 1:
+            raise ValueError(
+                f"--learning_rates: {word!r} is no other share of a learning rate; use different "
+                "numbers above 0, as in 0.5,1,2"
+            )
+    return tuple(factors)
+
+
+def changes(argv: list[str]) -> list[str]:
+    """The arguments that change what is trained, for the record."""
+    kinds = ("config.", "seeds", "learning_rates")
+    return [a for a in argv[1:] if a.startswith("-") and a.lstrip("-").startswith(kinds)]
 
 
 def load_suite(path: str, scale: str) -> Suite:
@@ -111,7 +145,72 @@ def plan(suite: Suite, base: ConfigDict, only: list[str]) -> dict[str, Config]:
     }
 
 
-def unfinished(configs: dict[str, Config], out: Path) -> dict[str, Config]:
+def plan_trials(
+    suite: Suite, base: ConfigDict, only: list[str], factors: tuple[float, ...]
+) -> dict[str, Config]:
+    """The runs that choose learning rates, by `learning_rates/VARIANT/xFACTOR`: one seed that the
+    comparison does not use.
+
+    Raises:
+      ValueError: as `plan`.
+    """
+    own = dataclasses.replace(suite, seeds=(max(suite.seeds) + 1,))
+    return {
+        f"{TRIALS}/{name.split('/')[0]}/x{factor:g}": at_rate(config, {"best": factor})
+        for name, config in plan(own, base, only).items()
+        for factor in factors
+    }
+
+
+def at_rate(config: Config, rate: Mapping[str, Any]) -> Config:
+    """The config at rate["best"] times its learning rate."""
+    own = config.optimizer
+    scaled = dataclasses.replace(own, learning_rate=rate["best"] * own.learning_rate)
+    return dataclasses.replace(config, optimizer=scaled)
+
+
+def best_rates(trials: Mapping[str, Config], out: Path) -> dict[str, dict[str, Any]]:
+    """By variant: the training loss at each factor (nats, mean of the last tenth), and the best
+    factor. The text is read once, so the loss is that of text not seen before, yet not that of the
+    evaluation text.
+
+    Raises:
+      ValueError: a variant that diverged at all of them.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in trials:
+        _, variant, factor = name.split("/")
+        path = out / name / "summary.json"  # none: it diverged
+        loss = json.loads(path.read_text())["train"]["loss"] if path.exists() else None
+        found.setdefault(variant, {"loss": {}})["loss"][factor.removeprefix("x")] = loss
+    for variant, rates in found.items():
+        finite = {factor: loss for factor, loss in rates["loss"].items() if loss is not None}
+        if not finite:
+            raise ValueError(f"{variant} diverged at all of --learning_rates; add smaller ones")
+        rates["best"] = float(min(finite, key=finite.__getitem__))
+    return found
+
+
+def claim_all(configs: Mapping[str, Config], out: Path) -> dict[str, Config]:
+    """Make every run's folder its own; all are looked at before the first is written.
+
+    Raises:
+      ValueError: a batch that does not fit the devices, or a folder of another run.
+    """
+    from moejax.sharding import check_batch, make_mesh
+    from moejax.training.checkpoint import check_claim, claim
+    from moejax.training.processes import first
+
+    for name, config in configs.items():
+        check_batch(config.data.batch // config.train.accumulation, make_mesh(config.mesh))
+        check_claim(out / name, config)
+    waiting = unfinished(configs, out)
+    for name, config in configs.items():
+        first(claim, out / name, config)
+    return waiting
+
+
+def unfinished(configs: Mapping[str, Config], out: Path) -> dict[str, Config]:
     """What is left to train. Here the processes meet: all have looked at the folder, none has
     written to it.
 
@@ -128,9 +227,10 @@ def unfinished(configs: dict[str, Config], out: Path) -> dict[str, Config]:
     return {name: config for name, config in configs.items() if name not in finished}
 
 
-def train_all(configs: dict[str, Config], out: Path) -> None:
+def train_all(configs: Mapping[str, Config], out: Path, may_diverge: bool = False) -> None:
     """Train them in order, with the time left for all."""
     from moejax.training.loop import train
+    from moejax.training.meter import NonFiniteLoss
     from moejax.training.processes import first
 
     started = time.perf_counter()
@@ -139,7 +239,11 @@ def train_all(configs: dict[str, Config], out: Path) -> None:
         left = f", {seconds / done * (len(configs) - done):.0f} s left in all" if done else ""
         line = f"[{done + 1}/{len(configs)}] {name}{left}"
         first(print, line, file=sys.stderr, flush=True)
-        train(config, out / name, label=name)
+        try:
+            train(config, out / name, label=name)
+        except NonFiniteLoss:
+            if not may_diverge:
+                raise
 
 
 if __name__ == "__main__":

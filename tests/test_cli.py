@@ -275,6 +275,31 @@ def test_compare_refuses_the_folder_of_another_comparison(moejax, experiment, ou
     assert tiny.snapshot(out) == before
 
 
+def test_each_variant_keeps_its_best_learning_rate(moejax, experiment, tmp_path):
+    """0.001 of a learning rate learns nothing in 4 steps; the rate that does is kept, on other
+    seeds than it was chosen on."""
+    wanted = (f"--out={tmp_path}/tuned", "--seeds=0", "--variants=switch")
+    code, text, err = moejax("compare", experiment, *wanted, "--learning_rates=0.001,2")
+    assert code == 0, err
+    suite = json.loads((tmp_path / "tuned/suite.json").read_text())
+    assert suite["command"].endswith("--seeds=0 --learning_rates=0.001,2")
+    rates = suite["learning_rates"]["switch"]
+    assert rates["best"] == 2 and rates["loss"]["2"] < rates["loss"]["0.001"]
+    assert "switch x2" in (tmp_path / "tuned/report.md").read_text()
+    runs = {path: json.loads(path.read_text()) for path in tmp_path.rglob("config.json")}
+    peaks = {(run["optimizer"]["learning_rate"], run["train"]["seed"]) for run in runs.values()}
+    assert peaks == {(0.001 * 3e-3, 1), (2 * 3e-3, 1), (2 * 3e-3, 0)}
+    again = moejax("compare", experiment, *wanted, "--learning_rates=0.001,2")
+    assert again[1] == text
+
+
+@pytest.mark.parametrize("words", ["0", "fast", "1,1", "-1", "inf"])
+def test_impossible_learning_rates_are_refused(moejax, experiment, tmp_path, words):
+    answer = moejax("compare", experiment, f"--out={tmp_path}/o", f"--learning_rates={words}")
+    assert_refused(answer, "--learning_rates: ")
+    assert not (tmp_path / "o").exists()
+
+
 def test_variants_of_two_folders_join_in_one_report(moejax, experiment, out, tmp_path):
     for name in ("dense", "switch"):
         part = tmp_path / name

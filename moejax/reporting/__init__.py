@@ -2,8 +2,10 @@
 trainer.
 """
 
-from .claims import Claim, Verdict, all_of, at_most, less, positive, ratio_at_least, similar, sooner
-from .metrics import Difference, StepsTo, Window
+from .claims import Claim, Verdict, all_of
+from .contrasts import contrast, falling, sees_later, steadier, under
+from .judges import at_most, less, positive, ratio_at_least, similar, sooner
+from .metrics import Difference, Either, Quotient, StepsTo, Window
 from .report import write_report
 from .results import Results, Run, load
 from .suite import Suite
@@ -11,6 +13,8 @@ from .suite import Suite
 __all__ = [
     "Claim",
     "Difference",
+    "Either",
+    "Quotient",
     "Results",
     "Run",
     "StepsTo",
@@ -19,11 +23,16 @@ __all__ = [
     "Window",
     "all_of",
     "at_most",
+    "contrast",
+    "falling",
     "less",
     "load",
     "positive",
     "ratio_at_least",
+    "sees_later",
     "similar",
     "sooner",
+    "steadier",
+    "under",
     "write_report",
 ]

@@ -25,6 +25,7 @@ def config_differences(results: Results) -> dict[str, dict[str, Any]]:
 def caveats(results: Results) -> list[str]:
     """One line each: why two arms may not be comparable, or what the tables leave out."""
     found = [f"Incomplete: {name}: {why}." for name, why in results.incomplete.items()]
+    found += [f"Not matched: {name}: {why}." for name, why in unmatched(results).items()]
     for label, key in (
         ("data", "run.data.fingerprint"),
         ("steps", "config.train.steps"),
@@ -43,6 +44,24 @@ def caveats(results: Results) -> list[str]:
         if run.unreadable_lines:
             found.append(f"{run.name}: {run.unreadable_lines} unreadable lines in metrics.jsonl.")
     return found
+
+
+def unmatched(results: Results) -> dict[str, str]:
+    """Arms that by intent are not of the others' size or training, and why."""
+    return dict(results.suite.get("unmatched", {}))
+
+
+def learning_rates(results: Results) -> str:
+    """How the arms came to their learning rates."""
+    swept = results.suite.get("learning_rates", {})
+    if not swept:
+        return "untuned; one for all arms, unless an arm is about it"
+    chosen = ", ".join(f"{name} x{found['best']:g}" for name, found in swept.items())
+    factors = ", ".join(f"x{factor}" for factor in next(iter(swept.values()))["loss"])
+    return (
+        f"each arm was trained at {factors} on a seed that is not among the results and kept the "
+        f"one of lowest training loss, no evaluation text being used: {chosen}"
+    )
 
 
 def _disagreement(results: Results, label: str, key: str) -> list[str]:

@@ -28,6 +28,36 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Quotient:
+    """top / bottom of two metrics of the same run; None where the bottom is 0."""
+
+    top: Metric
+    bottom: Metric
+
+    def __call__(self, run: Run) -> float | None:
+        top, bottom = run.value(self.top), run.value(self.bottom)
+        return None if top is None or not bottom else top / bottom
+
+    def __str__(self) -> str:
+        return f"{self.top} / {self.bottom}"
+
+
+@dataclass(frozen=True)
+class Either:
+    """The first of two metrics that the run has."""
+
+    first: Metric
+    second: Metric
+
+    def __call__(self, run: Run) -> float | None:
+        found = run.value(self.first)
+        return run.value(self.second) if found is None else found
+
+    def __str__(self) -> str:
+        return f"{self.first} or {self.second}"
+
+
+@dataclass(frozen=True)
 class Window:
     """Mean of one field of the training records between two shares of the run (0 = start, 1 =
     end).

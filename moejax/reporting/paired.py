@@ -12,6 +12,8 @@ T95 = (
     *(1.796, 1.782, 1.771, 1.761, 1.753, 1.746, 1.740, 1.734, 1.729, 1.725),
     *(1.721, 1.717, 1.714, 1.711, 1.708, 1.706, 1.703, 1.701, 1.699),
 )
+# The F distribution's upper 5 %, for two samples of n = 2..10 each (n - 1 degrees of freedom).
+F95 = (161.4, 19.00, 9.277, 6.388, 5.050, 4.284, 3.787, 3.438, 3.179)
 
 
 class Estimate(NamedTuple):
@@ -27,6 +29,14 @@ def t95(n: int) -> float:
     if n < 2:
         return math.inf
     return T95[n - 2] if n <= 30 else 1.645
+
+
+def f95(n: int) -> float:
+    """The ratio of two variances of n samples each that chance exceeds in 5 % of cases; for more
+    than 10 samples that of 10, which asks for more."""
+    if n < 2:
+        return math.inf
+    return F95[min(n, 10) - 2]
 
 
 def standard_deviation(values: Sequence[float]) -> float | None:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .archive import archived
 from .cells import Table, jsonable, markdown, terminal
 from .claims import Claim, Verdict
-from .fairness import caveats
+from .fairness import caveats, learning_rates
 from .figures import Figure
 from .page import page
 from .plots import all_figures
@@ -37,11 +38,18 @@ def write_report(results: Results, suite: Suite, out: str | Path) -> str:
     figures = all_figures(results)
     for figure in figures:
         write_atomically(out / "figures" / f"{figure.name}.png", figure.png)
-    summary = json.dumps(_summary(results, judged, tables), indent=1, allow_nan=False)
+    summary = written(_summary(results, judged, tables))
     write_atomically(out / "summary.json", summary.encode() + b"\n")
     write_atomically(out / "report.md", _markdown(results, judged, tables, figures).encode())
     write_atomically(out / "report.html", _html(results, judged, tables, figures).encode())
     return _text(results, judged, tables)
+
+
+def written(summary: dict[str, Any]) -> str:
+    """As JSON: one line a key, and one line a run, so that a file of many runs stays small."""
+    runs = ",\n  ".join(json.dumps(run, allow_nan=False) for run in summary["runs"])
+    text = json.dumps({**summary, "runs": []}, indent=1, allow_nan=False)
+    return text.replace('"runs": []', f'"runs": [\n  {runs}\n ]')
 
 
 def judge(results: Results, suite: Suite) -> Judged:
@@ -98,6 +106,16 @@ def _scale(results: Results) -> str:
     return f"Scale: {results.scale}" if results.scale else ""
 
 
+def _conditions(results: Results) -> list[str]:
+    """What the arms have in common, what their size can show, and how they were tuned."""
+    texts = {
+        "Matched": results.suite.get("matched", ""),
+        "What this scale can show": results.suite.get("limits", ""),
+        "Learning rates": learning_rates(results),
+    }
+    return [f"{label}: {text}." for label, text in texts.items() if text]
+
+
 def _text(results: Results, judged: Judged, tables: Sequence[Table]) -> str:
     head = [_title(results), results.question, tally(judged)]
     warnings = [f"! {line}" for line in caveats(results)]
@@ -109,7 +127,8 @@ def _markdown(
     results: Results, judged: Judged, tables: Sequence[Table], figures: Sequence[Figure]
 ) -> str:
     config = [table for table in tables if table.name == "config"]
-    parts = [f"# {_title(results)}", results.question, _scale(results), f"**{tally(judged)}**"]
+    parts = [f"# {_title(results)}", results.question, _scale(results), *_conditions(results)]
+    parts.append(f"**{tally(judged)}**")
     parts += ["\n".join(f"> - {line}" for line in caveats(results))]
     parts += [markdown(table) for table in tables if table not in config]
     for figure in figures:
@@ -128,6 +147,7 @@ def _html(
         title=_title(results),
         question=results.question,
         scale=_scale(results),
+        conditions=_conditions(results),
         tally=tally(judged),
         caveats=caveats(results),
         tables=tables,
@@ -146,14 +166,12 @@ def _summary(results: Results, judged: Judged, tables: Sequence[Table]) -> dict[
         }
         for c, v in judged
     ]
-    runs = [
-        {"variant": run.variant, "seed": run.seed, "summary": run.summary, "run": run.info}
-        for run in results.runs
-    ]
+    runs = [archived(run) for run in results.runs]
     return jsonable(
         {
             **{"name": results.name, "scale": results.scale, "question": results.question},
             **{"variants": results.variants, "baseline": results.baseline},
+            **{"conditions": _conditions(results), "suite": results.suite},
             **{"tally": tally(judged), "caveats": caveats(results)},
             **{"incomplete": results.incomplete, "provenance": provenance(results)},
             **{"verdicts": verdicts, "tables": {t.name: t.to_json() for t in tables}, "runs": runs},

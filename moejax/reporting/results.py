@@ -161,7 +161,8 @@ def _merge(suites: list[Record], runs: list[Run]) -> Results:
             variants.setdefault(name, description)
     for run in runs:
         variants.setdefault(run.variant, "")
-    first = suites[0]
+    rates = {k: v for suite in suites for k, v in suite.get("learning_rates", {}).items()}
+    first = {**suites[0], **({"learning_rates": rates} if rates else {})}
     return Results(
         name=first["name"],
         scale=first.get("scale", ""),

@@ -11,7 +11,11 @@ from .claims import Claim
 
 @dataclass(frozen=True)
 class Suite:
-    """Variants are dotted overrides of the base config, e.g. {"router.name": "switch"}."""
+    """Variants are dotted overrides of the base config, e.g. {"router.name": "switch"}.
+
+    `matched` says what all arms have in common, `unmatched` which arms have other active parameters
+    or another optimizer or model, and why; `limits` what the scale can and cannot show.
+    """
 
     name: str
     question: str
@@ -21,6 +25,9 @@ class Suite:
     seeds: tuple[int, ...] = (0, 1, 2)
     baseline: str = "dense"
     claims: tuple[Claim, ...] = ()
+    matched: str = ""
+    unmatched: Mapping[str, str] = field(default_factory=dict)
+    limits: str = ""
 
     def __post_init__(self) -> None:
         if self.baseline not in self.variants:
@@ -28,8 +35,9 @@ class Suite:
                 f"suite {self.name}: baseline {self.baseline!r} is none of "
                 f"{', '.join(self.variants)}"
             )
-        if extra := [name for name in self.descriptions if name not in self.variants]:
-            raise ValueError(f"suite {self.name}: descriptions of unknown variants {extra}")
+        for what in ("descriptions", "unmatched"):
+            if extra := [name for name in getattr(self, what) if name not in self.variants]:
+                raise ValueError(f"suite {self.name}: {what} of unknown variants {extra}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(
                 f"suite {self.name}: seeds {self.seeds} must be distinct and not empty"
@@ -49,6 +57,9 @@ class Suite:
             "variants": {name: self.descriptions.get(name, "") for name in self.variants},
             "seeds": list(self.seeds),
             "baseline": self.baseline,
+            "matched": self.matched,
+            "unmatched": dict(self.unmatched),
+            "limits": self.limits,
         }
 
 

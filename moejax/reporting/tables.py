@@ -135,7 +135,7 @@ def size_table(results: Results) -> Table:
         rows.append(tuple(cells))
     notes = (
         "FLOPs per trained token, forward and backward, active matmuls and attention. Learning "
-        "rate: the peak; one point, not tuned per arm, unless variants differ in it.",
+        "rate: the peak.",
     )
     return Table("size", "Size and budget", columns, tuple(rows), notes).without_empty_columns()
 

@@ -69,6 +69,12 @@ def write() -> Callable[..., Path]:
 
 
 @pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes seconds: tests of the words leave it out."""
+    monkeypatch.setattr("moejax.reporting.report.all_figures", lambda results: [])
+
+
+@pytest.fixture
 def comparison(tmp_path: Path) -> Path:
     """A finished comparison of all arms."""
     return write_comparison(tmp_path / "out")

@@ -45,12 +45,6 @@ def suite(arms) -> Suite:
     )
 
 
-@pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes seconds: tests of the words leave it out."""
-    monkeypatch.setattr("moejax.reporting.report.all_figures", lambda results: [])
-
-
 class Page(HTMLParser):
     """Collects tags with their attributes, checks that they nest, and gathers the text."""
 

@@ -1,4 +1,4 @@
-"""`moejax compare` on two processes: upcycling, recording and replay give what one process gives."""
+"""`moejax compare` on two processes: upcycling, recording and replay give one process's numbers."""
 
 import dataclasses
 import json
