@@ -107,14 +107,14 @@ def claims() -> tuple[Claim, ...]:
         Claim(
             "DM2-1.5",
             "deepseek is as good as GShard with experts half as wide again",
-            f"{PAPER}, Table 2: 1.808 against 1.808",
+            f"{PAPER}: 1.808 and 1.808",
             "R",
             less(best, "deepseek", "gshard_1.5"),
         ),
         Claim(
             "DM4",
             "Finer experts are better, beside a shared one",
-            f"{PAPER}, Figure 3",
+            PAPER,
             "D",
             falling(best, "shared_1", "shared_2", "deepseek"),
         ),

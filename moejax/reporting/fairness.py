@@ -25,7 +25,10 @@ def config_differences(results: Results) -> dict[str, dict[str, Any]]:
 def caveats(results: Results) -> list[str]:
     """One line each: why two arms may not be comparable, or what the tables leave out."""
     found = [f"Incomplete: {name}: {why}." for name, why in results.incomplete.items()]
-    found += [f"Not matched: {name}: {why}." for name, why in unmatched(results).items()]
+    by_reason: dict[str, list[str]] = {}
+    for name, why in results.suite.get("unmatched", {}).items():
+        by_reason.setdefault(why, []).append(name)
+    found += [f"Not matched: {', '.join(names)}: {why}." for why, names in by_reason.items()]
     for label, key in (
         ("data", "run.data.fingerprint"),
         ("steps", "config.train.steps"),
@@ -44,11 +47,6 @@ def caveats(results: Results) -> list[str]:
         if run.unreadable_lines:
             found.append(f"{run.name}: {run.unreadable_lines} unreadable lines in metrics.jsonl.")
     return found
-
-
-def unmatched(results: Results) -> dict[str, str]:
-    """Arms that by intent are not of the others' size or training, and why."""
-    return dict(results.suite.get("unmatched", {}))
 
 
 def learning_rates(results: Results) -> str:
