@@ -25,6 +25,7 @@ from tensorflow_datasets.core.utils import tqdm_utils
 from moejax.data import storage
 from moejax.data.config import DataConfig
 from moejax.data.corpora import SOURCES, STDLIB, Document, Source, group_of, held_out
+from moejax.data.markov import MARKOV
 from moejax.data.splits import BUILDER_VERSION, TRAIN, VALIDATION
 
 FORMAT = "array_record"
@@ -46,7 +47,7 @@ class MoejaxText(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version(BUILDER_VERSION)
     RELEASE_NOTES: ClassVar = {BUILDER_VERSION: "First version."}
-    BUILDER_CONFIGS: ClassVar = [TextConfig(name=source.name, source=source) for source in SOURCES]
+    BUILDER_CONFIGS: ClassVar = [TextConfig(name=s.name, source=s) for s in (*SOURCES, MARKOV)]
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moejax.names import did_you_mean
 
-LOCAL_CORPORA = ("stdlib", "text")  # read from what is installed; never a download
+LOCAL_CORPORA = ("stdlib", "text", "markov")  # installed, or made up; never a download
 STANDARD_CORPORA = ("lm1b", "c4", "wikipedia")  # TFDS's own, read from a prepared copy
 SMALLEST_BPE = 258  # 256 bytes, the separator and one merge
 LARGEST_BPE = 2**20
@@ -18,7 +18,8 @@ class DataConfig:
     """Which text, cut how. A bad value raises ValueError here.
 
     name: "stdlib" (default, always there: domains `code` and `prose`), "text" (stdlib and every
-      installed package of the extra `text`), or a prepared TFDS corpus: "lm1b", "c4", "wikipedia",
+      installed package of the extra `text`), "markov" (made-up text of four Markov chains, whose
+      entropy is known), or a prepared TFDS corpus: "lm1b", "c4", "wikipedia",
       with a TFDS config where it has some ("wikipedia/20230601.en").
     tokenizer: "bytes" or "bpe:N" (byte-level BPE of N ids, trained once on the training split).
     sequence: tokens in a row. batch: rows in a global batch. validation: share of the documents

@@ -18,6 +18,7 @@ from pathlib import Path
 from moejax.data import storage
 from moejax.data.config import LOCAL_CORPORA, DataConfig
 from moejax.data.corpora import SOURCES, STDLIB, Source, unit_hash
+from moejax.data.markov import MARKOV
 from moejax.data.splits import BUILDER_VERSION, TRAIN, VALIDATION
 
 log = logging.getLogger(__name__)
@@ -85,8 +86,8 @@ def open_corpora(config: DataConfig, data_dir: Path) -> list[Prepared]:
 
 def local_sources(name: str) -> list[Source]:
     """The sources of "stdlib" or "text" that are installed; the others go to the log."""
-    if name == "stdlib":
-        return [STDLIB]
+    if name in ("stdlib", "markov"):
+        return [STDLIB if name == "stdlib" else MARKOV]
     absent = [source for source in SOURCES if not source.installed()]
     for source in absent:
         domains = ", ".join(source.domains)

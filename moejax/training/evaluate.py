@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from moejax.analysis.specialisation import by_domain, recovered, shuffled, specialisation
 from moejax.config import Config
 from moejax.data import TextDataset
 from moejax.routing.floors import max_vio_floor
 from moejax.routing.metrics import figures
 from moejax.training.program import Program
 from moejax.training.state import TrainState
-from moejax.training.step import EvalSums
+from moejax.training.step import EvalSums, RowLoads
 
 
 def evaluate(
@@ -24,7 +25,9 @@ def evaluate(
     Returns:
       bpb: bits per byte of text, over all domains; bpb_domain; tokens; and for a model with experts
       max_vio_global (loads summed over the whole set), its floor under random routing, drop,
-      left_behind, dead, load_LE. bpb_as_trained where training lets tokens compete in other groups.
+      left_behind, dead, load_LE; and by domain: load_domain [L, E], assignments, with the
+      `specialisation` of experts, its floor, and the share of assignments that `recovered` the
+      domains. bpb_as_trained where training lets tokens compete in other groups.
     """
     rows = config.train.eval_rows
     batches = [
@@ -53,6 +56,8 @@ def evaluate(
         # Soft MoE may have fewer slots than tokens, or more.
         choices = min(experts, max(1, round(config.choices)))
         record["max_vio_floor"] = max_vio_floor(record["tokens"], experts, choices)
+    if sums.rows is not None:
+        record |= _by_domain(sums.rows, dataset.domains)
     if program.eval_as_trained is not None:
         pooled = _total(program.eval_as_trained, state, batches, dataset.bytes_V)
         record["bpb_as_trained"] = _bits_per_byte(
@@ -61,20 +66,33 @@ def evaluate(
     return record
 
 
+def _by_domain(rows: RowLoads, domains: tuple[str, ...]) -> dict[str, Any]:
+    load_GLE = by_domain(rows.load_BLE, rows.domain_B, len(domains))
+    return {
+        "load_domain": dict(zip(domains, load_GLE, strict=True)),
+        "specialisation": specialisation(load_GLE),
+        "specialisation_floor": shuffled(rows.load_BLE, rows.domain_B, len(domains)),
+        "recovered": recovered(load_GLE),
+    }
+
+
 def _total(
     step: Callable[..., EvalSums],
     state: TrainState,
     batches: Iterable[Any],
     bytes_V: np.ndarray,
 ) -> EvalSums:
-    """The sums over all batches, on the host, in double precision and 64-bit integers."""
-    table = np.asarray(bytes_V, np.float32)
+    """The sums over all batches, on the host, in double precision and 64-bit integers; what is of
+    rows, row after row."""
+    table, rows = np.asarray(bytes_V, np.float32), []
     total: Any = None
     for batch in batches:
         sums = jax.device_get(step(state.params, state.router_state, batch, table))
+        rows.append(sums.rows)
+        sums = sums._replace(rows=None)
         wide = jax.tree.map(lambda a: np.asarray(a, np.result_type(a.dtype, np.int64)), sums)
         total = wide if total is None else jax.tree.map(np.add, total, wide)
-    return total
+    return total._replace(rows=jax.tree.map(lambda *a: np.concatenate(a), *rows))
 
 
 def _bits_per_byte(nats: Any, size: Any) -> float:

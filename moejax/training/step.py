@@ -125,21 +125,35 @@ def train_step(
     return next_state, {**aux, "grad_norm": optax.tree.norm(grads)}
 
 
+class RowLoads(NamedTuple):
+    """Each row's domain, and how often it went to each expert of each layer, before dropping."""
+
+    domain_B: Any
+    load_BLE: Any
+
+
 class EvalSums(NamedTuple):
-    """Sums over evaluation batches, by domain: nats, bytes of text, tokens; and routing
-    statistics."""
+    """Sums over evaluation batches, by domain: nats, bytes of text, tokens; and routing statistics.
+    What is of `rows` is not summed; None where nothing is routed."""
 
     nll_domain: jax.Array
     bytes_domain: jax.Array
     tokens: jax.Array
     stats: MoeStats | None
+    rows: RowLoads | None = None
 
 
 def eval_step(
     params: Any, router_state: Any, batch: Batch, bytes_V: jax.Array, *, graph: Any, domains: int
 ) -> EvalSums:
     """One evaluation batch, without noise. Rows with domain -1 are padding."""
-    nll_BS, stats = forward(params, router_state, batch, None, graph)
+    nll_BS, stats = forward(params, router_state, batch, None, graph, record=True)
+    loads = None
+    if stats is not None:
+        if stats.recorded is not None:
+            load_BLE = _row_loads(stats.recorded.expert_TR, stats.load_E.shape[-1])
+            loads = RowLoads(batch.domain_B, load_BLE)
+        stats = stats._replace(recorded=None)
     bytes_BS = jnp.where(batch.valid_BS, bytes_V[batch.targets_BS], 0.0)
 
     def by_domain(a_BS: jax.Array) -> jax.Array:
@@ -147,5 +161,18 @@ def eval_step(
         return a_BS.sum(1) @ one_hot
 
     return EvalSums(
-        by_domain(nll_BS), by_domain(bytes_BS), batch.valid_BS.sum(dtype=jnp.int32), stats
+        by_domain(nll_BS),
+        by_domain(bytes_BS),
+        batch.valid_BS.sum(dtype=jnp.int32),
+        stats,
+        loads,
     )
+
+
+def _row_loads(expert_LBSR: jax.Array, num_experts: int) -> jax.Array:
+    """How often each row went to each expert, int32 [B, L, E]."""
+    num_layers, rows = expert_LBSR.shape[:2]
+    at_LBN = expert_LBSR.reshape(num_layers, rows, -1)
+    layer_L11, row_1B1 = jnp.arange(num_layers)[:, None, None], jnp.arange(rows)[None, :, None]
+    zeros_BLE = jnp.zeros((rows, num_layers, num_experts), jnp.int32)
+    return zeros_BLE.at[row_1B1, layer_L11, at_LBN].add(1, mode="drop")

@@ -8,7 +8,7 @@ from moejax.data import DataConfig
     [
         (
             {"name": "stdlb"},
-            "unknown corpus 'stdlb'; did you mean 'stdlib'? known: stdlib, text, lm1b",
+            "unknown corpus 'stdlb'; did you mean 'stdlib'? known: stdlib, text, markov, lm1b",
         ),
         ({"name": "stdlib/x"}, "unknown corpus 'stdlib/x'"),
         ({"name": "c4/"}, "unknown corpus 'c4/'"),
