@@ -77,7 +77,7 @@ def row(name: str, plan: dict[str, Any]) -> list[str]:
         f"{plan['tokens'] / 2**20:.0f} Mi",
         f"{memory['total'] / 2**30:.1f} of {memory['hbm'] / 2**30:.0f}",
         f"{plan['flops']['ratio']:.2f}",
-        f"{seconds['step_overlap']:.1f} to {seconds['step_sum']:.1f}",
+        f"{seconds['step_overlap']:.3g} to {seconds['step_sum']:.3g}",
         f"{100 * plan['mfu']['sum']:.0f} to {100 * plan['mfu']['overlap']:.0f} %",
         f"{plan['compile_seconds']:.0f}",
         ", ".join(f"{k} {v}" for k, v in plan["versions"].items()),
@@ -100,9 +100,9 @@ def readme(out: Path) -> str:
         "Each whole training step (forward, backward, optimizer) was compiled by the TPU compiler "
         "for the topology; nothing ran on one. Written by `python -m experiments.plan_pods`. Step "
         "time and MFU are rooflines, from no collective overlapping with compute to all of them, "
-        "experts evenly loaded; memory traffic counts whole buffers. A commit with + had changes beside "
-        "it. What differs from the "
-        "published training stands at the top of each file in [pods](../../pods).",
+        "experts evenly loaded; memory traffic counts whole buffers. A commit with + had changes "
+        "beside it. What differs from the published training stands at the top of each file in "
+        "[pods](../../pods).",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"| {' | '.join('---' for _ in COLUMNS)} |",
