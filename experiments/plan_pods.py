@@ -22,6 +22,7 @@ from moejax.planning import show
 from moejax.planning.chips import parse_topology
 from moejax.planning.result import DoesNotFit, versions
 from moejax.planning.search import plan
+from moejax.training.loop import source_commit
 
 OUT = flags.DEFINE_string("out", "experiments/results/pods", "output folder")
 TABLE = flags.DEFINE_bool("table", False, "write the table only")
@@ -44,7 +45,7 @@ def make(name: str, out: Path) -> None:
     """Plan one pod, and write what was found; also where it does not fit."""
     module = load(name)
     config, topology = Config.from_dict(module.get_config()), parse_topology(module.TOPOLOGY)
-    start = time.perf_counter()
+    start, commit = time.perf_counter(), source_commit()
     try:
         found = plan(config, topology, name)
     except DoesNotFit as error:
@@ -53,6 +54,7 @@ def make(name: str, out: Path) -> None:
         text = f"{name} on {topology.name} {error}"
     else:
         content, text = found.to_dict(), show.text(show.tables(found), found.notes)
+    content["commit"] = commit
     (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     (out / f"{name}.txt").write_text(text + "\n")
     print(f"{name}\n\n{text}\n", flush=True)
@@ -75,17 +77,18 @@ def row(name: str, plan: dict[str, Any]) -> list[str]:
         f"{plan['tokens'] / 2**20:.0f} Mi",
         f"{memory['total'] / 2**30:.1f} of {memory['hbm'] / 2**30:.0f}",
         f"{plan['flops']['ratio']:.2f}",
-        f"{seconds['step_overlap']:.1f} to {seconds['step_sum']:.1f}",
+        f"{seconds['step_overlap']:.3g} to {seconds['step_sum']:.3g}",
         f"{100 * plan['mfu']['sum']:.0f} to {100 * plan['mfu']['overlap']:.0f} %",
         f"{plan['compile_seconds']:.0f}",
         ", ".join(f"{k} {v}" for k, v in plan["versions"].items()),
+        plan["commit"],
     ]
 
 
 COLUMNS = (
     *("model", "topology, mesh", "parameters / active, 10^9", "tokens a step"),
     *("memory a device, GiB", "FLOPs / model's", "step, s", "MFU", "compiled in, s"),
-    "with",
+    *("with", "at commit"),
 )
 
 
@@ -97,8 +100,9 @@ def readme(out: Path) -> str:
         "Each whole training step (forward, backward, optimizer) was compiled by the TPU compiler "
         "for the topology; nothing ran on one. Written by `python -m experiments.plan_pods`. Step "
         "time and MFU are rooflines, from no collective overlapping with compute to all of them, "
-        "experts evenly loaded; memory traffic counts whole buffers. What differs from the "
-        "published training stands at the top of each file in [pods](../../pods).",
+        "experts evenly loaded; memory traffic counts whole buffers. A commit with + had changes "
+        "beside it. What differs from the published training stands at the top of each file in "
+        "[pods](../../pods).",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"| {' | '.join('---' for _ in COLUMNS)} |",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import pytest
@@ -121,8 +122,8 @@ def test_its_file_says_how_to_plan_it(name: str) -> None:
 def test_it_lowers_for_4096_devices(name: str) -> None:
     """Its own mesh, repeated along `data`; no expert's weight is copied within a repetition."""
     config = config_of(name)
-    times = abstract.DEVICES // parse_topology(plan_pods.load(name).TOPOLOGY).chips
-    mesh = {**dataclasses.asdict(config.mesh)}
+    mesh = dataclasses.asdict(config.mesh)
+    times = abstract.DEVICES // math.prod(mesh.values())
     mesh["data"] *= times
     laid, lowered = abstract.lowered(abstract.on_pod(config, mesh, times * config.data.batch))
     kept = 3 if config.optimizer.name == "adamw" else 1  # with both moments
@@ -151,7 +152,12 @@ def test_the_committed_table_is_that_of_the_plans() -> None:
 
 
 def test_a_pod_that_does_not_fit_says_so_in_the_table(tmp_path: Any) -> None:
-    error = {"error": "does not fit: 99.00 GiB needed", "topology": "v4:2x2x2", "versions": {}}
+    error = {
+        "error": "does not fit: 99.00 GiB needed",
+        "topology": "v4:2x2x2",
+        "versions": {},
+        "commit": "",
+    }
     (tmp_path / "switch_c.json").write_text(json.dumps(error))
     assert "| v4:2x2x2 | does not fit: 99.00 GiB needed |" in plan_pods.readme(tmp_path)
 

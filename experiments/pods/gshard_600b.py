@@ -4,9 +4,10 @@
     moejax train --config=experiments/pods/gshard_600b.py --workdir=gs://BUCKET/gshard_600b
 
 A decoder-only twin of the translation model: 36 layers for its 18 + 18, 18 of them with the same
-experts; one vocabulary, the source's 64,000. All in float32, as there. Tokens compete within their
-sequence; C = 2 S / E slots an expert is a capacity factor of 1. Dropout (.1) is left out; Adafactor
-is optax's; the rate warms up over the 10,000 steps in which the paper's is constant.
+experts; one vocabulary, the source's 64,000. As there, all is float32, with one expert a core.
+Tokens compete within their sequence; C = 2 S / E slots an expert is a capacity factor of 1. Dropout
+(.1) is left out; Adafactor is optax's; the rate warms up over the 10,000 steps in which the paper's
+is constant.
 """
 
 from ml_collections import ConfigDict
@@ -30,5 +31,5 @@ def get_config(scale: str = "full") -> ConfigDict:
     config.optimizer.update(name="adafactor", schedule="rsqrt", learning_rate=1.0, warmup=10_000)
     config.optimizer.update(weight_decay=0.0, clip=1.0)
     config.train.update(steps=250_000, log_every=100, eval_every=5_000, checkpoint_every=1_000)
-    config.mesh.update(data=1, expert=1024)
+    config.mesh.update(data=1, expert=2048)  # a v4 chip is two devices
     return config

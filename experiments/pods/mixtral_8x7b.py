@@ -23,8 +23,8 @@ def get_config(scale: str = "full") -> ConfigDict:
     config.router = router_config("topk", k=2, renormalise=True)
     config.moe.experts = 8
     config.balance.load_balance = 0.01
-    config.data.update(name="c4", tokenizer="bpe:32000", sequence=32768, batch=128)
+    config.data.update(name="c4", tokenizer="bpe:32000", sequence=32768, batch=64)
     config.optimizer.update(learning_rate=3e-4, warmup=2_000)
     config.train.update(steps=250_000, log_every=100, eval_every=5_000, checkpoint_every=1_000)
-    config.mesh.update(data=1, fsdp=128)
+    config.mesh.update(data=1, fsdp=64, tensor=2)
     return config

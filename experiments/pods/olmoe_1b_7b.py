@@ -20,13 +20,12 @@ def get_config(scale: str = "full") -> ConfigDict:
         raise ValueError(f"unknown scale {scale!r}; known: full")
     config = default_config()
     config.model.update(layers=16, dim=2048, heads=16, ffn=1024, qk_norm=True)
-    config.model.update(dtype="bfloat16", remat=True)
+    config.model.update(dtype="bfloat16", remat=True, query_block=512)
     config.router = router_config("topk", k=8)
     config.moe.experts = 64
     config.balance.update(load_balance=0.01, router_z=0.001)
     config.data.update(name="c4", tokenizer="bpe:50304", sequence=4096, batch=1024)
     config.optimizer.update(learning_rate=4e-4, warmup=2_500)
     config.train.update(steps=1_220_000, log_every=100, eval_every=5_000, checkpoint_every=1_000)
-    config.train.accumulation = 4
-    config.mesh.update(data=1, fsdp=8, expert=8)
+    config.mesh.update(data=1, fsdp=64)
     return config

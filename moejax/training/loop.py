@@ -271,7 +271,7 @@ def provenance(config: Config, dataset: TextDataset, program: Program) -> dict[s
         },
         "device": device_name(),
         "processes": jax.process_count(),
-        "commit": _commit(),
+        "commit": source_commit(),
         "data": {
             "name": config.data.name,
             "fingerprint": dataset.fingerprint,
@@ -325,7 +325,7 @@ def _installed(package: str) -> bool:
     return False
 
 
-def _commit() -> str:
+def source_commit() -> str:
     """The source's git commit, '+' where the tree has changes; 'unknown' outside a checkout."""
     here = Path(__file__).parent
 
