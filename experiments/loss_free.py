@@ -113,21 +113,21 @@ def claims() -> tuple[Claim, ...]:
         Claim(
             "LF3",
             "MaxVio falls as alpha grows from 0",
-            f"{PAPER}, Figure 2",
+            PAPER,
             "S",
             falling(vio, "none", *(f"aux_{alpha}" for alpha in ALPHAS), margin=0.05),
         ),
         Claim(
             "LF3-loss",
             "An alpha of 0.01 costs loss against 0.001",
-            f"{PAPER}, Figure 2",
+            PAPER,
             "D",
             less(best, "aux_0.001", "aux_0.01"),
         ),
         Claim(
             "LF4",
             "Too small a rate is the least balanced early, too large a rate late",
-            f"{PAPER}, Figure 4",
+            PAPER,
             "S",
             all_of(
                 less(first, "free", "free_slow"),
@@ -140,7 +140,7 @@ def claims() -> tuple[Claim, ...]:
             Claim(
                 f"LF5-{rule}",
                 f"A {rule} rule is as good as the sign",
-                f"{PAPER}, Tables 3 and 4: {told}",
+                f"{PAPER}: {told}",
                 "D",
                 similar(best, f"free_{rule}", "free"),
             )
@@ -152,7 +152,7 @@ def claims() -> tuple[Claim, ...]:
         Claim(
             "LF6",
             "From a batch to the evaluation set MaxVio falls by more with the bias",
-            f"{PAPER}, Figure 5",
+            PAPER,
             "S",
             less(Quotient(vio, "train.max_vio"), "free", aux),
         ),
@@ -174,7 +174,7 @@ def claims() -> tuple[Claim, ...]:
         Claim(
             "LF9",
             "With a softmax gate too the bias balances better",
-            f"{PAPER}, Table 6: .027 against .937",
+            f"{PAPER}: .027 against .937",
             "S",
             ratio_at_least(vio, "softmax_aux", "softmax_free", 3.0, floor),
         ),

@@ -127,11 +127,13 @@ def claims(other: str) -> tuple[Claim, ...]:
         Claim(
             "SW1-4",
             "... and with 4 experts",
-            f"{PAPER}, Figure 4",
+            f"{PAPER}, appendix D",
             "S",
             less(best, "switch_e4", "dense"),
         ),
-        Claim("SW1-2", "... and with 2", f"{PAPER}, app. D", "D", less(best, "switch_e2", "dense")),
+        Claim(
+            "SW1-2", "... and with 2", f"{PAPER}, appendix D", "D", less(best, "switch_e2", "dense")
+        ),
         Claim(
             "SW2",
             "Fewer drops with more capacity, for Switch and for top-2",

@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
         suite = dataclasses.replace(suite, seeds=parse_seeds(SEEDS.value))
     out = Path(OUT.value or f"runs/{suite.name}/{suite.scale}")
     base, factors = flags.FLAGS.config, parse_factors(RATES.value)
-    configs = plan(suite, base, VARIANTS.value)
+    configs = upcycled(plan(suite, base, VARIANTS.value), suite, out)
     trials = plan_trials(suite, base, VARIANTS.value, factors) if factors else {}
     from moejax.training.loop import Stopped
     from moejax.training.meter import NonFiniteLoss
@@ -146,6 +146,19 @@ def plan(suite: Suite, base: ConfigDict, only: list[str]) -> dict[str, Config]:
     }
 
 
+def upcycled(configs: dict[str, Config], suite: Suite, out: Path) -> dict[str, Config]:
+    """With train.upcycle, where it names a variant, as the folder of that variant's run of the same
+    seed."""
+
+    def linked(name: str, config: Config) -> Config:
+        if config.train.upcycle not in suite.variants:
+            return config
+        folder = str(out / config.train.upcycle / name.split("/")[1])
+        return dataclasses.replace(config, train=dataclasses.replace(config.train, upcycle=folder))
+
+    return {name: linked(name, config) for name, config in configs.items()}
+
+
 def plan_trials(
     suite: Suite, base: ConfigDict, only: list[str], factors: tuple[float, ...]
 ) -> dict[str, Config]:
@@ -153,8 +166,13 @@ def plan_trials(
     comparison does not use.
 
     Raises:
-      ValueError: as `plan`.
+      ValueError: as `plan`, or arms that start from other arms.
     """
+    if any("train.upcycle" in changes for changes in suite.variants.values()):
+        raise ValueError(
+            f"--learning_rates: {suite.name} has arms that start from other arms, which are not "
+            "trained at the trials' seed; tune them one by one"
+        )
     own = dataclasses.replace(suite, seeds=(max(suite.seeds) + 1,))
     return {
         f"{TRIALS}/{name.split('/')[0]}/x{factor:g}": at_rate(config, {"best": factor})

@@ -365,7 +365,7 @@ def test_train_records_a_routing_and_replays_it(moejax, experiment, tmp_path):
         [r["loss"] for r in read_records(tmp_path / run / "metrics.jsonl") if r["kind"] == "train"]
         for run in ("a", "b")
     )
-    assert first == second
+    assert first == pytest.approx(second, rel=1e-6)
     answer = moejax("train", replaying, f"--workdir={tmp_path}/no", f"{flag}/none")
     assert_refused(answer, "holds no recorded routing")
     answer = moejax("train", replaying, f"--workdir={tmp_path}/no", flag, "--config.moe.experts=8")

@@ -17,7 +17,7 @@ def config_differences(results: Results) -> dict[str, dict[str, Any]]:
     differences = {}
     for key in keys:
         values = {variant: config.get(key) for variant, config in configs.items()}
-        if not _is_seed(key) and len({_text(v) for v in values.values()}) > 1:
+        if not _of_the_seed(key) and len({_text(v) for v in values.values()}) > 1:
             differences[key] = values
     return differences
 
@@ -25,7 +25,10 @@ def config_differences(results: Results) -> dict[str, dict[str, Any]]:
 def caveats(results: Results) -> list[str]:
     """One line each: why two arms may not be comparable, or what the tables leave out."""
     found = [f"Incomplete: {name}: {why}." for name, why in results.incomplete.items()]
-    found += [f"Not matched: {name}: {why}." for name, why in unmatched(results).items()]
+    by_reason: dict[str, list[str]] = {}
+    for name, why in results.suite.get("unmatched", {}).items():
+        by_reason.setdefault(why, []).append(name)
+    found += [f"Not matched: {', '.join(names)}: {why}." for why, names in by_reason.items()]
     for label, key in (
         ("data", "run.data.fingerprint"),
         ("steps", "config.train.steps"),
@@ -44,11 +47,6 @@ def caveats(results: Results) -> list[str]:
         if run.unreadable_lines:
             found.append(f"{run.name}: {run.unreadable_lines} unreadable lines in metrics.jsonl.")
     return found
-
-
-def unmatched(results: Results) -> dict[str, str]:
-    """Arms that by intent are not of the others' size or training, and why."""
-    return dict(results.suite.get("unmatched", {}))
 
 
 def learning_rates(results: Results) -> str:
@@ -79,7 +77,9 @@ def _seed_configs(variant: str, runs: list[Run]) -> list[str]:
     first = flatten(runs[0].config)
     for run in runs[1:]:
         other = flatten(run.config)
-        keys = [k for k in {**first, **other} if not _is_seed(k) and first.get(k) != other.get(k)]
+        keys = [
+            k for k in {**first, **other} if not _of_the_seed(k) and first.get(k) != other.get(k)
+        ]
         if keys:
             return [
                 f"Seeds of {variant} differ in {keys[0]}: {first.get(keys[0])} (seed "
@@ -88,8 +88,9 @@ def _seed_configs(variant: str, runs: list[Run]) -> list[str]:
     return []
 
 
-def _is_seed(key: str) -> bool:
-    return key.rpartition(".")[2] == "seed"
+def _of_the_seed(key: str) -> bool:
+    """Differs from run to run of one arm: a seed, or the folder of the run it started from."""
+    return key.rpartition(".")[2] == "seed" or key == "train.upcycle"
 
 
 def _text(value: Any) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
+from .endpoints import endpoint_figure
 from .figures import (
     Figure,
     canvas,
@@ -30,7 +31,7 @@ from .tables import batch_floor, domains_of, is_moe, label, random_drops, values
 def all_figures(results: Results) -> list[Figure]:
     """Every figure that the results can fill, in reading order."""
     drawers: tuple[Callable[[Results], Figure | None], ...] = (
-        *(loss_figure, seconds_figure, domain_figure),
+        *(endpoint_figure, loss_figure, seconds_figure, domain_figure),
         *(max_vio_figure, drop_figure, load_figure, load_history_figure),
     )
     with style_context():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moejax.reporting import load
-from moejax.reporting.fairness import caveats, config_differences
+from moejax.reporting.fairness import caveats, config_differences, learning_rates
 from moejax.reporting.results import lookup
 
 
@@ -169,3 +169,24 @@ def test_unequal_arms_are_told(comparison: Path) -> None:
     assert any("tokens a step (2048:" in line and "4096: switch/seed2" in line for line in told)
     assert any("data (beef: dense/seed0" in line for line in told)
     assert any("Seeds of switch differ in data.batch: 16 (seed 0)" in line for line in told)
+
+
+def test_what_is_not_matched_is_told_by_reason(comparison: Path) -> None:
+    path = comparison / "suite.json"
+    suite = json.loads(path.read_text())
+    wide = "twice the width"
+    suite["unmatched"] = {"switch": wide, "loss_free": "no training", "topk": wide}
+    path.write_text(json.dumps(suite))
+    told = ["Not matched: switch, topk: twice the width.", "Not matched: loss_free: no training."]
+    assert caveats(load(comparison)) == told
+
+
+def test_learning_rates_of_two_machines_are_told_together(write, arms, tmp_path: Path) -> None:
+    assert learning_rates(load(write(tmp_path / "plain"))).startswith("untuned")
+    for name, best in (("dense", 0.5), ("switch", 2.0)):
+        out = write(tmp_path / name, {name: arms[name]})
+        suite = json.loads((out / "suite.json").read_text())
+        suite["learning_rates"] = {name: {"loss": {"0.5": 2.0, "2": None}, "best": best}}
+        (out / "suite.json").write_text(json.dumps(suite))
+    told = learning_rates(load(tmp_path / "dense", tmp_path / "switch"))
+    assert "x0.5, x2" in told and told.endswith("dense x0.5, switch x2")

@@ -19,6 +19,7 @@ VARIANTS = {"dense": {"moe.experts": 0}, "b": {"router.name": "switch"}}
         ({"seeds": ()}, "seeds"),
         ({"claims": (CLAIM, CLAIM)}, r"claims \['A'\]"),
         ({"descriptions": {"c": "?"}}, r"unknown variants \['c'\]"),
+        ({"unmatched": {"c": "larger"}}, r"unmatched of unknown variants \['c'\]"),
         ({"variants": {"dense": {}, "a/b": {}}}, r"\['a/b'\] cannot name a directory"),
     ],
 )
