@@ -29,8 +29,8 @@ from moejax.reporting import Suite, load, write_report
 OUT = flags.DEFINE_string("out", None, "output folder; default runs/EXPERIMENT/SCALE")
 VARIANTS = flags.DEFINE_list("variants", [], "only these variants")
 SEEDS = flags.DEFINE_list("seeds", [], "these seeds instead of the experiment's")
-flags.adopt_module_key_flags(meeting)
 RATES = flags.DEFINE_list("learning_rates", [], "learning rates to try, in shares of each arm's")
+flags.adopt_module_key_flags(meeting)
 TRIALS = "learning_rates"  # their folder below the output folder
 
 
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
     trials = plan_trials(suite, base, VARIANTS.value, factors) if factors else {}
     from moejax.training.loop import Stopped
     from moejax.training.meter import NonFiniteLoss
-    from moejax.training.processes import first
+    from moejax.training.processes import first, meet
 
     meeting.meet()
     described = {**suite.to_json(), "experiment": f"{path}:{scale}"}
@@ -56,6 +56,7 @@ def main(arguments: list[str]) -> int:
     try:
         if trials:
             train_all(waiting, out, may_diverge=True)
+            meet()  # the last summary is written
             described["learning_rates"] = rates = best_rates(trials, out)
             configs = {name: at_rate(c, rates[name.split("/")[0]]) for name, c in configs.items()}
             waiting = claim_all(configs, out)

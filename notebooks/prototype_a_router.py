@@ -101,7 +101,7 @@ def run(router, workdir: Path, **options) -> list[dict]:
     config = default_config()
     config.model.update(layers=2, dim=32, ffn=64, heads=2)
     config.data.update(sequence=64, batch=16)
-    config.train.update(steps=120, log_every=5, eval_every=0, eval_rows=32, checkpoint_every=0)
+    config.train.update(steps=60, log_every=3, eval_every=0, eval_rows=32, checkpoint_every=0)
     config.router = router_config(router, **options)
     config.balance.load_balance = 0.01
     train(Config.from_dict(config), workdir, quiet=True)

@@ -121,6 +121,11 @@ def first(function: Callable[A, R], *args: A.args, **kwargs: A.kwargs) -> R:
     return silent
 
 
+def meet() -> None:
+    """Wait until all processes have come here: what the first has written by then, all can read."""
+    multihost_utils.sync_global_devices("moejax")
+
+
 class Silent:
     """Stands for what the first process writes with: takes any call, does nothing, is false."""
 

@@ -1,4 +1,4 @@
-"""`moejax compare` on two processes: upcycling, recording and replay give one process's numbers."""
+"""Runs that build on each other, compared on two processes, are those of one process."""
 
 import dataclasses
 import json
