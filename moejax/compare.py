@@ -30,6 +30,7 @@ OUT = flags.DEFINE_string("out", None, "output folder; default runs/EXPERIMENT/S
 VARIANTS = flags.DEFINE_list("variants", [], "only these variants")
 SEEDS = flags.DEFINE_list("seeds", [], "these seeds instead of the experiment's")
 RATES = flags.DEFINE_list("learning_rates", [], "learning rates to try, in shares of each arm's")
+NOTE = flags.DEFINE_string("note", "", "a remark for the report, e.g. cores shared with other jobs")
 flags.adopt_module_key_flags(meeting)
 TRIALS = "learning_rates"  # their folder below the output folder
 
@@ -52,6 +53,7 @@ def main(arguments: list[str]) -> int:
     meeting.meet()
     described = {**suite.to_json(), "experiment": f"{path}:{scale}"}
     described["command"] = " ".join(["moejax compare", f"{path}:{scale}", *changes(sys.argv)])
+    described["note"] = NOTE.value
     waiting = claim_all(trials or configs, out)
     try:
         if trials:

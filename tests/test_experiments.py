@@ -35,10 +35,9 @@ def configs(path, scale):
     module = load_experiment(str(path))
     found = {"": Config.from_dict(module.get_config(scale))}
     if hasattr(module, "get_suite"):
-        suite = module.get_suite(scale)
-        first = suite.seeds[0]
+        suite = dataclasses.replace(module.get_suite(scale), seeds=(0,))
         planned = plan(suite, module.get_config(scale), [])
-        found |= {name: planned[f"{name}/seed{first}"] for name in suite.variants}
+        found |= {name: planned[f"{name}/seed0"] for name in suite.variants}
     return found
 
 

@@ -25,6 +25,8 @@ def config_differences(results: Results) -> dict[str, dict[str, Any]]:
 def caveats(results: Results) -> list[str]:
     """One line each: why two arms may not be comparable, or what the tables leave out."""
     found = [f"Incomplete: {name}: {why}." for name, why in results.incomplete.items()]
+    if note := results.suite.get("note", ""):
+        found.append(f"Note: {note}.")
     by_reason: dict[str, list[str]] = {}
     for name, why in results.suite.get("unmatched", {}).items():
         by_reason.setdefault(why, []).append(name)

@@ -175,10 +175,11 @@ def test_what_is_not_matched_is_told_by_reason(comparison: Path) -> None:
     path = comparison / "suite.json"
     suite = json.loads(path.read_text())
     wide = "twice the width"
+    suite["note"] = "cores shared"
     suite["unmatched"] = {"switch": wide, "loss_free": "no training", "topk": wide}
     path.write_text(json.dumps(suite))
     told = ["Not matched: switch, topk: twice the width.", "Not matched: loss_free: no training."]
-    assert caveats(load(comparison)) == told
+    assert caveats(load(comparison)) == ["Note: cores shared.", *told]
 
 
 def test_learning_rates_of_two_machines_are_told_together(write, arms, tmp_path: Path) -> None:
