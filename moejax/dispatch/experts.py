@@ -31,9 +31,21 @@ class Experts(NamedTuple):
     w_gate_EDF: jax.Array | None = None
 
 
-def experts_batched(p: Experts, x_ECD: jax.Array, activation: str) -> jax.Array:
-    """Every expert on its own buffer of C rows: [E, C, D] to [E, C, D]."""
+# Smaller buffers are not worth the longer program.
+LARGE_BUFFER = 512
+
+
+def experts_batched(
+    p: Experts, x_ECD: jax.Array, activation: str, used_E: jax.Array | None = None
+) -> jax.Array:
+    """Every expert on its own buffer of C rows: [E, C, D] to [E, C, D].
+
+    used_E: int32, how many rows of each buffer are in use; those behind are zeros, and a CPU leaves
+    them out. None = all.
+    """
     function, gated = ACTIVATIONS[activation]
+    if used_E is not None and x_ECD.shape[1] >= LARGE_BUFFER:
+        return grouped_ffn(x_ECD, p.w_in_EDF, p.w_gate_EDF, p.w_out_EFD, used_E, function)
     h_ECF = jnp.einsum("ecd,edf->ecf", x_ECD, p.w_in_EDF)
     if gated:
         assert p.w_gate_EDF is not None

@@ -21,7 +21,11 @@ def gather(
     weight_EC = jnp.zeros((num_experts, plan.slots), plan.weight_N.dtype)
     weight_EC = weight_EC.at[where].set(plan.weight_N, mode="drop")
     x_ECD = x_TD.at[token_EC].get(mode="fill", fill_value=0)
-    y_ECD = (spread_batched if spread else experts_batched)(p, x_ECD, activation)
+    if spread:
+        y_ECD = spread_batched(p, x_ECD, activation)
+    else:
+        used_E = jnp.zeros(num_experts, jnp.int32).at[plan.expert_N]
+        y_ECD = experts_batched(p, x_ECD, activation, used_E.max(plan.slot_N + 1, mode="drop"))
     y_ECD = y_ECD.astype(jnp.float32) * weight_EC[..., None]
     y_TD = jnp.zeros(x_TD.shape, jnp.float32).at[token_EC].add(y_ECD, mode="drop")
     return y_TD.astype(x_TD.dtype), y_ECD.sum(1)

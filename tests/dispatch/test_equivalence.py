@@ -280,6 +280,17 @@ def test_dispatches_equal_the_dense_oracle_in_bfloat16(name: str) -> None:
         agree(results[dispatch], results["dense"], 0.03)
 
 
+@pytest.mark.parametrize("name", ["topk_renorm", "topk_position"])
+def test_a_buffer_without_its_free_slots_is_the_same(name: str, monkeypatch) -> None:
+    """As for large buffers on a CPU: the rows behind the last that an expert got are left out."""
+    monkeypatch.setattr("moejax.dispatch.experts.LARGE_BUFFER", 1)
+    found = Case(*CASES[name])
+    for seed, logits in enumerate(("random", "one_expert")):
+        p, x_BSD, valid_BS = batch(found.params, found.shape, "float32", seed, logits, "some")
+        results = found.compare(p, x_BSD, valid_BS, jax.random.key(seed))
+        agree(results["gather"], results["dense"], 1e-5)
+
+
 IDENTITY = Experts(jnp.stack([jnp.eye(4)] * 2), jnp.stack([jnp.eye(4)] * 2))
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moejax.dispatch import grouped
-from moejax.dispatch.grouped import grouped_ffn
+from moejax.dispatch import blocks, products
+from moejax.dispatch.grouped import choose, grouped_ffn
 
 
 def one_by_one(rows_ND, w_in_EDF, w_gate_EDF, w_out_EFD, load_E, activation):
@@ -134,13 +134,9 @@ def test_any_load(shape, data):
 
 
 WEIGHT_GRADIENTS = {
-    "compiler": grouped._ragged_weight_gradient,
-    "TPU kernel": partial(grouped.kernel_weight_gradient, interpret=True),
+    "compiler": products.compiler_weight_gradient,
+    "TPU kernel": partial(products.kernel_weight_gradient, interpret=True),
 }
-
-
-def _ragged_backward_as_block(of_weights, activation, *args):
-    return grouped._ragged_backward(activation, of_weights, *args)
 
 
 @pytest.mark.parametrize("of_weights", WEIGHT_GRADIENTS.values(), ids=list(WEIGHT_GRADIENTS))
@@ -156,11 +152,47 @@ def test_all_paths_agree(of_weights):
         y_ND, pre = forward(silu, *args)
         return jax.tree.leaves((y_ND, backward(silu, dy_ND, *args, pre)))
 
-    blocks = both_ways(grouped._block_forward, grouped._block_backward)
-    backward = partial(_ragged_backward_as_block, of_weights)
-    ragged = both_ways(grouped._ragged_forward, backward)
-    for a, b in zip(blocks, ragged, strict=True):
+    in_blocks = both_ways(blocks.forward, blocks.backward)
+    kind = products.RAGGED._replace(of_weights=of_weights)
+    ragged = both_ways(partial(products.forward, kind), partial(products.backward, kind))
+    for a, b in zip(in_blocks, ragged, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_buffers_are_batched_products_of_which_free_slots_are_left_out(gated):
+    """Rows [E, C, D], on a CPU and as on other platforms; what lies behind the load is zeros."""
+    load_E = jnp.array([70, 0, 600])
+    slot_C = jnp.arange(600)
+    rows, w_in, w_gate, w_out = arrays(1800, 8, 12, 3, gated)
+    rows = jnp.where(slot_C[None, :, None] < load_E[:, None, None], rows.reshape(3, 600, 8), 0)
+
+    def batched(x, w_in, w_gate, w_out, load_E, activation):
+        h = jnp.einsum("ecd,edf->ecf", x, w_in)
+        if w_gate is not None:
+            h = activation(jnp.einsum("ecd,edf->ecf", x, w_gate)) * h
+        else:
+            h = activation(h)
+        return jnp.einsum("ecf,efd->ecd", h, w_out)
+
+    args = (rows, w_in, w_gate, w_out)
+    expected = value_and_grads(batched, args, load_E, jax.nn.silu)
+    # A free slot is read by nobody: its gradient does not count, and the blocks do not make it.
+    expected[1] = jnp.where(slot_C[None, :, None] < load_E[:, None, None], expected[1], 0)
+    for got, want in zip(
+        value_and_grads(grouped_ffn, args, load_E, jax.nn.silu), expected, strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    ins = (w_in,) if w_gate is None else (w_in, w_gate)
+    y, pre = products.forward(products.BATCHED, jax.nn.silu, rows, ins, w_out, load_E)
+    np.testing.assert_allclose(y, expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_platform_can_be_asked_what_it_gets_and_why():
+    assert choose("cpu").name == choose("cpu", buffers=True).name == "blocks"
+    assert choose("tpu").name == "ragged_dot, kernel" and "0.10" in choose("tpu").why
+    assert choose("cuda").name == "ragged_dot"
+    assert choose("tpu", buffers=True).name == choose("cuda", buffers=True).name == "batched"
 
 
 def test_under_remat_and_scan():

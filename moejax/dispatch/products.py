@@ -1,0 +1,96 @@
+"""Away from CPUs: the network as one writes it, on products that know which rows are whose."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+Activation = Callable[[Array], Array]
+
+# Of the TPU kernel: rows are a multiple of the first; the others are the largest that leave room on
+# the chip for two buffers of each operand.
+TILES = (128, 1024, 1024)
+
+
+class Products(NamedTuple):
+    """dot: (x, w_EXY, load_E) -> y. of_weights: (x, w_EXY, dy, load_E) -> dw_EXY."""
+
+    dot: Callable[..., Array]
+    of_weights: Callable[..., Array]
+
+
+def hidden_of(activation: Activation, x_in: Array, x_gate: Array | None = None) -> Array:
+    return activation(x_in) if x_gate is None else activation(x_gate) * x_in
+
+
+def forward(products: Products, activation, rows, ins, w_out_EFD, load_E):
+    """Outputs, and the hidden rows before the activation; see `grouped_ffn`."""
+    x = _zero_tail(rows, load_E)
+    pre = tuple(products.dot(x, w, load_E) for w in ins)
+    y = products.dot(hidden_of(activation, *pre), w_out_EFD, load_E)
+    return _zero_tail(y, load_E), pre
+
+
+def backward(products: Products, activation, dy, rows, ins, w_out_EFD, load_E, pre):
+    """Gradients by the rows, the input weights and the output weights."""
+
+    def transposed(x, w, dy):
+        dx = products.dot(dy, w.swapaxes(1, 2), load_E)
+        return dx, products.of_weights(x, w, dy, load_E)
+
+    x, dy = _zero_tail(rows, load_E), _zero_tail(dy, load_E)
+    hidden, hidden_vjp = jax.vjp(partial(hidden_of, activation), *pre)
+    dhidden, dw_out_EFD = transposed(hidden, w_out_EFD, dy)
+    dx, dins = zip(*map(partial(transposed, x), ins, hidden_vjp(dhidden)), strict=True)
+    return _zero_tail(sum(dx), load_E), dins, dw_out_EFD
+
+
+def _zero_tail(rows: Array, load_E: Array) -> Array:
+    if rows.ndim == 3:  # buffers: their free slots hold zeros, and give zeros
+        return rows
+    return jnp.where((jnp.arange(len(rows)) < load_E.sum())[:, None], rows, 0)
+
+
+def compiler_weight_gradient(x: Array, w: Array, dy: Array, load_E: Array) -> Array:
+    """x[rows of e]^T dy[rows of e] for each expert, as XLA has it."""
+    (dw,) = jax.linear_transpose(lambda w: lax.ragged_dot(x, w, load_E), w)(dy)
+    return dw
+
+
+def kernel_weight_gradient(
+    x_NX: Array, w_EXY: Array, dy_NY: Array, load_E: Array, interpret: bool = False
+) -> Array:
+    """The same, by the transposed kernel of `megablox`."""
+    if manual_axes(x_NX) | manual_axes(
+        dy_NY
+    ):  # the kernel cannot say along which mesh axes it varies
+        return compiler_weight_gradient(x_NX, w_EXY, dy_NY, load_E)
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    tail = -len(x_NX) % TILES[0]
+    if tail:
+        x_NX, dy_NY = (jnp.pad(a, ((0, tail), (0, 0))) for a in (x_NX, dy_NY))
+    rows = next(size for size in (512, 256, 128) if len(x_NX) % size == 0)
+    tiles = (rows, *(min(most, n) for most, n in zip(TILES[1:], w_EXY.shape[1:], strict=True)))
+    return tgmm(x_NX.swapaxes(0, 1), dy_NY, load_E, w_EXY.dtype, tiling=tiles, interpret=interpret)
+
+
+def manual_axes(a: Array) -> frozenset[str]:
+    """The mesh axes of a `shard_map` along which an array differs."""
+    return jax.typeof(a).manual_axis_type.varying
+
+
+def _batched_dot(x_ECX: Array, w_EXY: Array, load_E: Array) -> Array:
+    return jnp.einsum("ecx,exy->ecy", x_ECX, w_EXY)
+
+
+def _batched_weight_gradient(x_ECX: Array, w_EXY: Array, dy_ECY: Array, load_E: Array) -> Array:
+    return jnp.einsum("ecx,ecy->exy", x_ECX, dy_ECY)
+
+
+RAGGED = Products(lax.ragged_dot, compiler_weight_gradient)
+RAGGED_ON_TPU = Products(lax.ragged_dot, kernel_weight_gradient)
+BATCHED = Products(_batched_dot, _batched_weight_gradient)
