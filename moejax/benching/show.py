@@ -151,7 +151,7 @@ def plot(bench: Bench, path: Path) -> None:
     axis.set_xlabel("rate over that of a dense network of equal active FLOPs")
     handles, names = axis.get_legend_handles_labels()
     unique = dict(zip(names, handles, strict=True))
-    axis.legend(unique.values(), unique.keys(), fontsize=7)
+    axis.legend(unique.values(), unique.keys(), fontsize=7, bbox_to_anchor=(1, 1), loc="upper left")
     there = bench.machine
     axis.set_title(f"forward + backward, {there['device']}, {there['dtype']}", fontsize=9)
     figure.tight_layout()
