@@ -1,0 +1,1 @@
+"""What `moejax bench` measures: the layer and the training step, beside a dense network."""

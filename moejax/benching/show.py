@@ -1,0 +1,159 @@
+"""A benchmark's figures as a terminal table, JSON and plots, and beside those of a saved run."""
+
+import json
+import os
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+
+from moejax.benching.layer import Measured
+from moejax.dispatch.grouped import choose
+from moejax.training.hardware import device_name
+
+if TYPE_CHECKING:
+    from moejax.benching.step import Step
+
+
+class Row(NamedTuple):
+    """A ratio of rates, and the budget it must reach."""
+
+    what: str
+    ratio: float
+    budget: str
+    held: bool
+
+
+class Bench(NamedTuple):
+    """All that a run measured, and on what."""
+
+    machine: dict[str, Any]
+    lines: list[Measured]
+    budgets: list[Row]
+    step: "Step | None"
+    depths: dict[int, float]
+
+
+def machine(dtype: str) -> dict[str, Any]:
+    """What the figures must be read with."""
+    platform = jax.default_backend()
+    return {
+        "device": device_name(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],  # of the last minute, before the first line
+        "dtype": dtype,
+        "jax": metadata.version("jax"),
+        "grouped": choose(platform)._asdict(),
+        "buffers": choose(platform, buffers=True)._asdict(),
+    }
+
+
+def lines_of(measured: Sequence[Measured], against: dict[str, float]) -> list[str]:
+    """The table of the layer; with the shares of a saved run where they are given."""
+    head = f"{'':<20}{'way':<11}{'ms':>9}{'quartiles':>15}{'GFLOP/s':>9}{'of dense':>9}"
+    head += f"{'temp MiB':>10}{'compile s':>10}" + (f"{'before':>8}" if against else "")
+    found, group = [], None
+    for line in measured:
+        if group != (line.case, line.both):
+            group = line.case, line.both
+            both = "forward + backward" if line.both else "forward"
+            found += ["", f"{line.case}: {line.sizes}, load {line.skew}, {both}", head]
+        spread = f"{1e3 * line.low:.0f}-{1e3 * line.high:.0f}"
+        text = f"{'':<20}{line.way:<11}{1e3 * line.seconds:>9.1f}{spread:>15}"
+        text += f"{line.flops_per_s / 1e9:>9.1f}{line.share:>9.2f}"
+        text += f"{line.temp_bytes / 2**20:>10.1f}{line.compile_seconds:>10.1f}"
+        if line.key in against:
+            text += f"{against[line.key]:>8.2f}"
+        found.append(text)
+    return found[1:]
+
+
+def text(bench: Bench, against: dict[str, float]) -> str:
+    """Everything, for the terminal."""
+    there = bench.machine
+    shared = there["load"] > 0.25 * there["cores"]
+    found = [f"{there['device']}, {there['cores']} cores, {there['dtype']}, JAX {there['jax']}"]
+    if shared:
+        found.append(
+            f"other work on this machine: load {there['load']:.1f}; read ratios, not times"
+        )
+    for what, chosen in (("sorted rows", there["grouped"]), ("buffers", there["buffers"])):
+        found.append(f"experts on {what}: {chosen['name']} ({chosen['why']})")
+    found += ["", *lines_of(bench.lines, against)]
+    if bench.step is not None:
+        s = bench.step
+        found += [
+            "",
+            "training step: L4 D128 F256 E8 K2, 16 x 256 tokens, dropless, AdamW",
+            f"  {1e3 * s.seconds:.0f} ms ({1e3 * s.low:.0f}-{1e3 * s.high:.0f}), "
+            f"{s.tokens_per_s:,.0f} tokens/s, MFU {s.mfu:.1%} on active parameters",
+            f"  input {s.input_share:.1%} of a step; compile {s.compile_seconds:.1f} s; first step "
+            f"after {s.first_seconds:.1f} s; temporaries {s.temp_bytes / 2**20:.0f} MiB",
+        ]
+    if bench.depths:
+        of = ", ".join(f"{seconds:.1f} s at {n}" for n, seconds in bench.depths.items())
+        found.append(f"  compile time by layers: {of}")
+    found += ["", f"{'ratios of rates':<40}{'measured':>10}{'budget':>10}"]
+    for row in bench.budgets:
+        missed = "" if row.held else "  MISSED"
+        found.append(f"{row.what:<40}{row.ratio:>10.2f}{row.budget:>10}{missed}")
+    return "\n".join(found)
+
+
+def to_json(bench: Bench) -> dict[str, Any]:
+    return {
+        "machine": bench.machine,
+        "lines": [{"key": line.key, **line._asdict()} for line in bench.lines],
+        "budgets": [row._asdict() for row in bench.budgets],
+        "step": bench.step and bench.step._asdict(),
+        "compile_seconds_by_layers": bench.depths,
+    }
+
+
+def shares_of(path: Path) -> dict[str, float]:
+    """The shares of the dense rate that a saved run reached, by line.
+
+    Raises:
+      ValueError: a file that is not a saved run.
+    """
+    try:
+        return {line["key"]: line["share"] for line in json.loads(path.read_text())["lines"]}
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"--against={path} is not what `moejax bench --json` wrote") from error
+
+
+def plot(bench: Bench, path: Path) -> None:
+    """The share of the dense rate of every line, forward and backward, as one picture."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    both = [line for line in bench.lines if line.both and line.way != "dense"]
+    cases = list(dict.fromkeys(line.case for line in both))
+    ways = list(dict.fromkeys(line.way for line in both))
+    figure, axis = plt.subplots(figsize=(8, 0.5 + 0.16 * len(both) + 0.2 * len(cases)))
+    colour = dict(zip(ways, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    places, labels, at = [], [], 0.0
+    for case in cases:
+        lines = [line for line in both if line.case == case]
+        for line in lines:
+            axis.barh(at, line.share, color=colour[line.way], label=line.way)
+            at += 1
+        places.append(at - (len(lines) + 1) / 2)
+        labels.append(f"{case}\n{lines[0].sizes}")
+        at += 0.7
+    axis.axvline(1.0, color="black", linewidth=0.8)
+    axis.set_yticks(places, labels, fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel("rate over that of a dense network of equal active FLOPs")
+    handles, names = axis.get_legend_handles_labels()
+    unique = dict(zip(names, handles, strict=True))
+    axis.legend(unique.values(), unique.keys(), fontsize=7, bbox_to_anchor=(1, 1), loc="upper left")
+    there = bench.machine
+    axis.set_title(f"forward + backward, {there['device']}, {there['dtype']}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

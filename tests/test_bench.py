@@ -1,0 +1,94 @@
+"""The benchmark at a size where it takes no time: what it measures, keeps, and shows."""
+
+import json
+
+import numpy as np
+import pytest
+
+from moejax import bench
+from moejax.benching import layer, peers, show
+from moejax.benching.layer import Measured
+from moejax.benching.shapes import CASES, Case, plan_of, sweep
+
+TINY = Case("tiny", 8, 16, 4, 2, 64, ways=("einsum", "gather", "dropless", "ragged_dot"))
+
+
+@pytest.fixture(scope="module")
+def lines():
+    return layer.measure(TINY, repeats=2)
+
+
+def test_every_way_is_measured_beside_the_dense_network(lines) -> None:
+    assert [line.way for line in lines] == ["dense", *TINY.ways]
+    for line in lines:
+        assert 0 < line.low <= line.seconds <= line.high and line.compile_seconds > 0
+        assert line.flops_per_s == pytest.approx(3 * 6 * 64 * 2 * 8 * 16 / line.seconds)
+        assert line.key == f"tiny | {line.way} | forward + backward"
+    assert lines[0].share == 1.0 and all(line.temp_bytes > 0 for line in lines[1:])
+
+
+@pytest.mark.parametrize("case", [TINY, TINY._replace(ways=("experts", "layer"))])
+def test_ways_compute_the_same(case) -> None:
+    """So that what is compared is comparable: the experts' part of each equals the dispatch's."""
+    found = layer.candidates(case, np.float32)
+    shapes = {way: function(*arguments).shape for way, (function, arguments) in found.items()}
+    rows = {"dense", "ragged_dot", "experts"}
+    for way, shape in shapes.items():
+        wanted = (128, 8) if way in rows else (1, 64, 8) if way == "layer" else (64, 8)
+        assert shape == wanted, way
+    if "gather" in found:  # at an even load nothing drops from buffers of 1.25
+        outputs = [found[way][0](*found[way][1]) for way in ("einsum", "gather")]
+        np.testing.assert_allclose(*outputs, atol=1e-5)
+
+
+def test_skews_are_what_they_say() -> None:
+    loads = {skew: plan_of(TINY._replace(skew=skew)).load_E for skew in ("uniform", "zipf", "one")}
+    assert loads["one"].tolist() == [64, 64, 0, 0]
+    assert loads["zipf"][0] > 1.5 * loads["zipf"][3] and loads["uniform"].max() < 45
+    assert all(load_E.sum() == 128 for load_E in loads.values())
+
+
+def test_cases_have_names_of_their_own() -> None:
+    names = [case.name for case in (*CASES, *sweep())]
+    assert len(set(names)) == len(names) > 15
+    assert {case.skew for case in sweep()} == {"uniform", "zipf", "one"}
+
+
+def line(case: str, way: str, share: float) -> Measured:
+    return Measured(case, "D8", "uniform", way, True, 0.1, 0.1, 0.1, 1e9, share, 2**20, 1.0)
+
+
+def test_ratios_are_held_against_their_budgets() -> None:
+    found = bench.budgets(
+        [
+            *(line("large", way, share) for way, share in (("dense", 1.0), ("dropless", 0.8))),
+            *(line("large", way, share) for way, share in (("experts", 1.0), ("layer", 0.9))),
+            *(line("sixteen", way, share) for way, share in (("einsum", 0.2), ("gather", 0.7))),
+        ]
+    )
+    assert [(row.what, row.ratio, row.held) for row in found] == [
+        ("dropless / dense, uniform load", 0.8, False),
+        ("gather / one-hot einsum, E=16", pytest.approx(3.5), True),
+        ("router + dispatch + combine, share", pytest.approx(0.1), True),
+    ]
+
+
+def test_a_saved_run_stands_beside_a_new_one(lines, tmp_path) -> None:
+    run = show.Bench(show.machine("float32"), lines, [], None, {4: 1.0})
+    (tmp_path / "run.json").write_text(json.dumps(show.to_json(run)))
+    before = show.shares_of(tmp_path / "run.json")
+    assert before == {line.key: line.share for line in lines}
+    text = show.text(run, dict.fromkeys(before, 0.125))
+    assert text.count("    0.12") + text.count("    0.13") >= len(lines)
+    assert "experts on sorted rows: blocks (lax.ragged_dot is masked-dense" in text
+    assert "compile time by layers: 1.0 s at 4" in text
+    show.plot(run, tmp_path / "run.png")
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not what `moejax bench --json` wrote"):
+        show.shares_of(tmp_path / "other.json")
+
+
+def test_peers_that_are_not_installed_are_left_out(monkeypatch) -> None:
+    monkeypatch.setattr(peers, "installed", lambda: False)
+    assert peers.measure(TINY, 1) == []
