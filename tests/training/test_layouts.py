@@ -15,6 +15,7 @@ import pytest
 
 from experiments import catalogue
 from moejax.config import Config, MeshConfig, default_config, override
+from moejax.data import Batch
 from moejax.routing import ROUTERS
 from moejax.routing.spec import RouterSpec
 from moejax.training.program import build_program
@@ -97,21 +98,35 @@ def curves(arm: str, layout: Layout) -> tuple[dict[str, np.ndarray], Any]:
     program = build_program(config, tiny.VOCABULARY, 1, devices)
     state, said = program.init(0), []
     for step in range(STEPS):
-        batch = program.put(tiny.dataset().train_batch(step * config.data.batch, seed=0))
+        batch = program.put(rows_without_ties(step, config.data.batch, config.data.sequence))
         state, metrics = program.train_step(state, batch)
         said.append(jax.device_get(metrics))
     return jax.tree.map(lambda *a: np.stack(a), *said), jax.device_get(state.router_state)
+
+
+def rows_without_ties(step: int, rows: int, length: int) -> Batch:
+    """Counting in steps of an odd number, from another start in each row. No two tokens have the
+    same past: of two equal ones that compete for an expert, rounding would choose."""
+    random = np.random.default_rng(step)
+    start_B1 = random.permutation(tiny.VOCABULARY)[:rows, None]
+    stride_B1 = 2 * random.integers(0, 4, (rows, 1)) + 1
+    row_BS = (start_B1 + stride_B1 * np.arange(length + 1)) % tiny.VOCABULARY
+    row_BS = row_BS.astype(np.int32)
+    position_BS = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+    return Batch(
+        tokens_BS=row_BS[:, :-1],
+        targets_BS=row_BS[:, 1:],
+        segment_BS=np.zeros((rows, length), np.int32),
+        position_BS=position_BS,
+        valid_BS=np.ones((rows, length), bool),
+        domain_B=np.zeros(rows, np.int32),
+    )
 
 
 def test_twenty_steps_are_the_same(arm: str, layout: str) -> None:
     got, got_state = curves(arm, LAYOUTS[layout])
     want, want_state = curves(arm, Layout())
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
-    spec = catalogue_router(arm)
-    if spec is not None and spec.chooses != "token":
-        # Tokens compete: of two equal ones (rows that begin alike) rounding chooses, and a curve
-        # moves by what that is worth.
-        close = functools.partial(np.testing.assert_allclose, rtol=1e-2, atol=1e-2)
     jax.tree.map(close, got, want)
     jax.tree.map(close, got_state, want_state)
-    assert want["loss"][-1] < 0.95 * want["loss"][0]  # it has learnt something meanwhile
+    assert want["loss"][-1] < want["loss"][0]  # it has learnt something meanwhile
