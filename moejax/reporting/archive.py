@@ -11,7 +11,7 @@ from typing import Any
 
 from .results import Record, Results, Run
 
-_PICTURES_ONLY = ("kind", "load_LE")
+_PICTURES_ONLY = ("kind", "load_LE", "load_domain")
 
 
 def archived(run: Run) -> Record:
