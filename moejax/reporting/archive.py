@@ -11,14 +11,14 @@ from typing import Any
 
 from .results import Record, Results, Run
 
-_PICTURES_ONLY = ("kind", "load_LE")
+_PICTURES_ONLY = ("kind", "load_LE", "load_domain")
 
 
 def archived(run: Run) -> Record:
     """A finished run as one object; its records by column."""
     return {
         **{"variant": run.variant, "seed": run.seed, "summary": run.summary},
-        **{"run": run.info, "config": run.config},
+        **{"run": run.info, "config": _config(run.config)},
         **{"train": _columns(run.train), "evals": _columns(run.evals)},
     }
 
@@ -43,6 +43,14 @@ def restored(summary: Mapping[str, Any]) -> Results:
         suite=suite,
         all_runs=tuple(_run(run) for run in summary["runs"]),
     )
+
+
+def _config(config: Record) -> Record:
+    """Where a run started from another, that one's name: its folder is this machine's affair."""
+    train = config.get("train", {})
+    if not train.get("upcycle"):
+        return config
+    return {**config, "train": {**train, "upcycle": "/".join(Path(train["upcycle"]).parts[-2:])}}
 
 
 def _run(found: Record) -> Run:

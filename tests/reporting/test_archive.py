@@ -9,7 +9,7 @@ import pytest
 
 from moejax.compare import load_suite
 from moejax.reporting import Claim, Suite, Window, falling, less, load, sooner, write_report
-from moejax.reporting.archive import restored
+from moejax.reporting.archive import archived, restored
 from moejax.reporting.cells import Table, jsonable, markdown
 from moejax.reporting.report import judge
 from moejax.reporting.tables import all_tables
@@ -109,3 +109,13 @@ def assert_same(here: object, there: object) -> None:
 def test_a_summary_without_records_is_refused() -> None:
     with pytest.raises(ValueError, match="summary of old holds no records"):
         restored({"name": "old", "runs": [{"variant": "a"}]})
+
+
+def test_no_folder_of_a_machine_is_kept(comparison: Path) -> None:
+    path = comparison / "switch/seed0/config.json"
+    config = json.loads(path.read_text())
+    config["train"]["upcycle"] = "/home/someone/runs/dense/seed0"
+    path.write_text(json.dumps(config))
+    run = load(comparison).of("switch")[0]
+    assert archived(run)["config"]["train"]["upcycle"] == "dense/seed0"
+    assert "/home" not in json.dumps(archived(run))
