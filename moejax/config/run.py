@@ -117,6 +117,12 @@ class Config:
                 self._trace(groups)
             except ValueError as error:
                 raise ValueError(f"moe.groups={groups!r}: {error}") from None
+            except OverflowError:
+                rows = self.data.batch // self.train.accumulation
+                raise ValueError(
+                    f"{rows} x {self.data.sequence} tokens of a microbatch make 2^31 assignments "
+                    "or more; raise train.accumulation"
+                ) from None
 
     @property
     def moe_layers(self) -> int:
