@@ -81,7 +81,7 @@ WRONG = [
     ({"model__init_scale": 0.0}, "model.init_scale=0.0 must be above 0"),
     ({"router__k": 9}, "router.k=9 is more than moe.experts=8"),
     ({"router__k": 0}, "router.k=0 must be at least 1"),
-    ({"data__batch": 2**30}, "tokens of a microbatch make 2^31 assignments or more"),
+    ({"data__batch": 2**30}, r"tokens of a microbatch make 2\^31 assignments or more"),
     ({"router__k": 1, "router__renormalise": True}, "k=1 cannot be renormalised"),
     ({"moe__every": 3}, "the 4 layers after moe.first_dense=0 are not divisible by moe.every=3"),
     ({"moe__every": 2, "moe__first_dense": 1}, "the 3 layers after moe.first_dense=1"),
