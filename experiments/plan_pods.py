@@ -24,7 +24,7 @@ from moejax.planning.result import DoesNotFit, versions
 from moejax.planning.search import plan
 from moejax.training.loop import source_commit
 
-OUT = flags.DEFINE_string("out", "experiments/results/pods", "output folder")
+FOLDER = flags.DEFINE_string("folder", "experiments/results/pods", "output folder")
 TABLE = flags.DEFINE_bool("table", False, "write the table only")
 
 PODS = Path(__file__).parent / "pods"
@@ -115,7 +115,7 @@ def readme(out: Path) -> str:
 
 def main(arguments: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # traced here, compiled for the chips named
-    out = Path(OUT.value)
+    out = Path(FOLDER.value)
     out.mkdir(parents=True, exist_ok=True)
     for name in () if TABLE.value else arguments[1:] or NAMES:
         make(name, out)

@@ -20,12 +20,17 @@ def on_pod(config: Config, mesh: dict[str, int], batch: int) -> Config:
     return dataclasses.replace(config, mesh=MeshConfig(**mesh), data=data)
 
 
+def laid(config: Config) -> Laid:
+    """The config's state on its mesh."""
+    return abstract_layout(config, dataclasses.asdict(config.mesh))
+
+
 def lowered(config: Config) -> tuple[Laid, Lowered]:
     """The config's state and step on its mesh."""
-    laid = abstract_layout(config, dataclasses.asdict(config.mesh))
-    step = lower_train_step(config, vocabulary(config), laid)
+    where = laid(config)
+    step = lower_train_step(config, vocabulary(config), where)
     assert f"num_partitions = {DEVICES} " in step.as_text()[:2000]
-    return laid, step
+    return where, step
 
 
 def assert_experts_are_cut(laid: Laid) -> int:

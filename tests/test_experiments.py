@@ -26,6 +26,7 @@ FOLDER = Path(__file__).parents[1] / "experiments"
 # What defines runs; the others are measurements with a command of their own.
 FILES = sorted(path for path in FOLDER.glob("*.py") if "def get_config" in path.read_text())
 SUITES = [path for path in FILES if "def get_suite" in path.read_text()]
+CATALOGUE = FOLDER / "catalogue.py"
 POD = {"data": 32, "fsdp": 8, "expert": 8, "tensor": 2}
 
 
@@ -67,28 +68,39 @@ def test_every_small_config_is_checked_and_traced(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_smoke_config_lowers_for_4096_devices(path):
-    """And no expert's weight is copied. An evaluation is traced."""
-    for name, config in different(configs(path, "smoke")).items():
-        jax.eval_shape(lambda config=config: evaluated(config))
-        # Experts that are few lie on few devices; what is left cuts the batch.
-        few = math.gcd(POD["expert"], config.moe.experts or POD["expert"])
-        mesh = {**POD, "expert": few, "data": POD["data"] * POD["expert"] // few}
-        laid, lowered = abstract.lowered(abstract.on_pod(config, mesh, batch=2048))
-        check_results(config, *lowered.out_info, name)
+    """All are laid out, and no expert's weight is copied. Configs of one kind differ in numbers
+    only: one of each lowers, and its evaluation is traced."""
+    seen = set()
+    if path.stem != "catalogue":
+        seen = {kind(config) for config in configs(CATALOGUE, "smoke").values()}
+    for name, config in configs(path, "smoke").items():
+        # Experts or heads that are few lie on few devices; what is left cuts the batch.
+        few = {
+            "expert": math.gcd(POD["expert"], config.moe.experts or POD["expert"]),
+            "tensor": math.gcd(POD["tensor"], config.model.key_value_heads),
+        }
+        spare = POD["expert"] * POD["tensor"] // math.prod(few.values())
+        mesh = {**POD, **few, "data": POD["data"] * spare}
+        on_pod = abstract.on_pod(config, mesh, batch=4096)
         matrices = 3 if config.moe.experts else 0  # with both of AdamW's moments
-        assert abstract.assert_experts_are_cut(laid) == 3 * matrices, name
+        assert abstract.assert_experts_are_cut(abstract.laid(on_pod)) == 3 * matrices, name
+        if kind(config) not in seen:
+            seen.add(kind(config))
+            jax.eval_shape(lambda config=config: evaluated(config))
+            check_results(config, *abstract.lowered(on_pod)[1].out_info, name)
 
 
-def different(found):
-    """Without the arms whose traces differ in a number only: a rate, a weight, a factor."""
-    kinds = {}
-    for name, config in found.items():
-        options = tuple((k, v) for k, v in config.router.options if not isinstance(v, float))
-        weights = tuple((k, bool(v)) for k, v in config.balance)
-        factor = dataclasses.replace(config.moe, capacity_factor=None, eval_capacity_factor=None)
-        key = (config.model, factor, config.router.name, options, weights)
-        kinds.setdefault(key, name)
-    return {name: found[name] for name in kinds.values()}
+def kind(config):
+    """What decides which operations a config's program has; sizes, rates and weights do not."""
+    model, moe = config.model, config.moe
+    options = tuple((k, v) for k, v in config.router.options if isinstance(v, str | bool))
+    return (
+        *(model.activation, model.dtype, model.remat, model.attention, model.qk_norm),
+        *(bool(moe.experts), bool(moe.slots), bool(moe.shared), bool(moe.first_dense), moe.every),
+        *(moe.dispatch, moe.capacity_factor is None, moe.groups, moe.eval_groups, bool(moe.jitter)),
+        *(config.router.name, options, tuple(k for k, v in config.balance if v)),
+        *(config.optimizer.name, config.train.accumulation > 1),
+    )
 
 
 def check_results(config, state, metrics, name):
