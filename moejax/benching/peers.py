@@ -63,6 +63,7 @@ def _block(case: Case) -> tuple[Any, Any]:
         num_local_experts=case.experts,
         num_experts_per_tok=case.k,
     )
+    config._experts_implementation = "grouped_mm"  # 2-4 times as fast as "eager" on a CPU
     block = MixtralSparseMoeBlock(config)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
