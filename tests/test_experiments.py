@@ -91,15 +91,14 @@ def test_every_smoke_config_lowers_for_4096_devices(path):
 
 
 def kind(config):
-    """What decides which operations a config's program has; sizes, rates and weights do not."""
+    """What decides which operations a layer's program has; sizes, rates and weights do not."""
     model, moe = config.model, config.moe
     options = tuple((k, v) for k, v in config.router.options if isinstance(v, str | bool))
     return (
-        *(model.activation, model.dtype, model.remat, model.attention, model.qk_norm),
-        *(bool(moe.experts), bool(moe.slots), bool(moe.shared), bool(moe.first_dense), moe.every),
-        *(moe.dispatch, moe.capacity_factor is None, moe.groups, moe.eval_groups, bool(moe.jitter)),
-        *(config.router.name, options, tuple(k for k, v in config.balance if v)),
-        *(config.optimizer.name, config.train.accumulation > 1),
+        *(model.activation, model.remat, model.attention, model.qk_norm),
+        *(bool(moe.experts), bool(moe.slots), bool(moe.shared), moe.every),
+        *(moe.dispatch, moe.capacity_factor is None, moe.groups, moe.eval_groups),
+        *(config.router.name, options, config.train.accumulation > 1),
     )
 
 
