@@ -112,7 +112,8 @@ def _layer(
         shards=shards,
     )
     spread = bool(shards.axes)
-    y_TD, output_ED = DISPATCH[options.dispatch](p, x_TD, plan, options.activation, spread)
+    dispatch = DISPATCH[spread_dispatch(options) if spread else options.dispatch]
+    y_TD, output_ED = dispatch(p, x_TD, plan, options.activation, spread)
     if spread:  # each device of the axis `tensor` has worked with a part of the hidden width
         y_TD, output_ED = jax.lax.psum((y_TD, output_ED), "tensor")
     if routing.rest_TD is not None:
@@ -122,6 +123,13 @@ def _layer(
         most = per_token(options.router, routing)
         stats = stats._replace(recorded=_recording(routing, x_BSD.shape, most))
     return y_TD.reshape(x_BSD.shape), stats
+
+
+def spread_dispatch(options: MoeOptions) -> str:
+    """How tokens move on a mesh. Where a group spans devices, its whole capacity may fall to one of
+    them, and buffers would hold that many rows everywhere: rows travel sorted instead."""
+    across = options.groups != "sequence"
+    return "dropless" if options.dispatch == "gather" and across else options.dispatch
 
 
 def _recording(routing: Routing, shape: tuple[int, ...], most: int) -> Recorded:

@@ -40,7 +40,8 @@ SPREAD = MeshConfig(data=2, expert=4)
 def layer(dispatch: str, spread: bool) -> Any:
     """Forward and backward of one layer, on one device or with its experts on four."""
     factor = None if dispatch == "dropless" else 1.25
-    options = MoeOptions(make_router("topk", {"k": LAYER.k}), dispatch, "swiglu", factor)
+    groups = "sequence" if spread else "batch"  # across devices `gather` has no buffers
+    options = MoeOptions(make_router("topk", {"k": LAYER.k}), dispatch, "swiglu", factor, groups)
 
     def run(p: Any, x_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
         return moe(p, x_BSD, options=options, valid_BS=valid_BS)[0]

@@ -127,7 +127,8 @@ class MoeConfig:
       shared: experts that every token uses besides the routed ones, ungated.
       first_dense: this many dense layers come first.
       every: of the layers after those, every n-th has experts.
-      dispatch: einsum, gather or dropless.
+      dispatch: einsum, gather or dropless. On a mesh, gather keeps its buffers with
+        groups=sequence only, and else moves tokens as dropless does, with the same drops.
       capacity_factor: slots of an expert over its fair share of assignments; None = nothing drops.
       eval_capacity_factor: the same in evaluation; None = as in training.
       groups: which tokens compete for slots: batch, sequence, or position (causal expert choice).

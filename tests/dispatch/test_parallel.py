@@ -187,6 +187,14 @@ def test_the_budget_of_collectives() -> None:
         assert (counts in gathered) == (name == "top-2 with a capacity")
 
 
+def test_a_group_across_devices_has_no_buffers() -> None:
+    """They would be as large as the whole group's on each device."""
+    sent = [size for kind, _, size in talk("gshard in the batch", "expert=8") if "to-all" in kind]
+    assert sent and max(sent) == EXPERTS * 4  # counts: rows travel sorted
+    sent = [size for kind, _, size in talk("switch", "expert=8") if "to-all" in kind]
+    assert set(sent) == {EXPERTS * DIM * 4}  # one slot for each expert: a sequence's
+
+
 def test_two_ragged_exchanges_forward_and_two_backward() -> None:
     # A CPU has no ragged all-to-all: forward it is an all-gather of rows, backward its transpose.
     found = [kind for kind, axes, _ in talk("top-3", "expert=8") if axes == "expert"]
