@@ -87,6 +87,6 @@ ROUTERS = {
         "recorded, or live softmax, sigmoid",
         "as recorded",
         "Ma et al. 2025, 2510.11370",
-        "the recorded run's own losses, bit for bit",
+        "the recorded run's own losses, to 1e-6",
     ),
 }
