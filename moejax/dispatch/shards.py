@@ -25,14 +25,12 @@ class Shards:
         return jax.lax.axis_index(self.axes) if self.axes else 0
 
     def whole(self, a: Any) -> Any:
-        """Arrays cut by tokens, from all devices behind each other."""
-        if not self.axes:
-            return a
+        """Inside `shard_map`: arrays cut by tokens, from all devices behind each other."""
         return jax.tree.map(lambda x: jax.lax.all_gather(x, self.axes, tiled=True), a)
 
     def stacked(self, a: jax.Array) -> jax.Array:
-        """This array of every piece: [...] to [pieces, ...]."""
-        return jax.lax.all_gather(a, self.axes) if self.axes else a[None]
+        """Inside `shard_map`: this array of every piece, [...] to [pieces, ...]."""
+        return jax.lax.all_gather(a, self.axes)
 
     def total(self, sums: Any) -> Any:
         """Sums over this piece to sums over the batch: one all-reduce for all of them."""
