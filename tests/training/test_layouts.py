@@ -85,6 +85,7 @@ def config_of(arm: str, layout: Layout) -> Config:
     slots = {"moe.slots": 2} if arm == "soft" else {}
     tree = {**sizes, "data.data_dir": tiny.data_dir(), "moe.groups": "sequence"}
     tree |= {**ARMS[arm], "moe.experts": 0 if arm == "dense" else 8, **small, **slots}
+    tree |= {"moe.eval_groups": ""}  # nothing is evaluated; a microbatch may be too small for it
     tree |= {"model.remat": layout.remat, "train.accumulation": layout.accumulation}
     tree |= {f"mesh.{axis}": size for axis, size in dataclasses.asdict(layout.mesh).items()}
     return Config.from_dict(override(default_config(), tree))
