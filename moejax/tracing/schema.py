@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -81,7 +82,7 @@ class Trace:
 
     def __getitem__(self, rows: slice) -> "Trace":
         """A run of its tokens."""
-        return dataclasses.replace(self, **{name: a[rows] for name, a in self.columns()})
+        return _replaced(self, {name: a[rows] for name, a in self.columns()})
 
 
 def concatenate(parts: list[Trace]) -> Trace:
@@ -90,4 +91,8 @@ def concatenate(parts: list[Trace]) -> Trace:
         raise ValueError("a trace of no tokens: nothing was routed")
     names = [name for name, _ in parts[0].columns()]
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    return dataclasses.replace(parts[0], **joined)
+    return _replaced(parts[0], joined)
+
+
+def _replaced(trace: Trace, columns: dict[str, Any]) -> Trace:
+    return dataclasses.replace(trace, **columns)
