@@ -1,13 +1,11 @@
 """Evaluate a run's checkpoint on held-out text: moejax evaluate WORKDIR [--step=N] [--rows=0]"""
 
 import dataclasses
-import json
 from pathlib import Path
 
 from absl import flags
 
 from moejax import cli
-from moejax.config import Config
 
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the newest")
 ROWS = flags.DEFINE_integer("rows", 0, "validation sequences; 0 = all")
@@ -17,25 +15,17 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         raise ValueError("usage: moejax evaluate WORKDIR")
     workdir = Path(arguments[0])
-    if not (workdir / "config.json").exists():
-        raise FileNotFoundError(f"{workdir} holds no run: there is no config.json")
-    config = Config.from_dict(json.loads((workdir / "config.json").read_text()))
+    from moejax.training.evaluate import evaluate
+    from moejax.training.saved import open_run, read_config
+
+    config = read_config(workdir)
     config = dataclasses.replace(
         config, train=dataclasses.replace(config.train, eval_rows=ROWS.value)
     )
-    from moejax.data import open_dataset
-    from moejax.training.checkpoint import Checkpoints
-    from moejax.training.evaluate import evaluate
-    from moejax.training.program import build_program
-
-    dataset = open_dataset(config.data)
-    program = build_program(config, dataset.vocab_size, len(dataset.domains), training=False)
-    checkpoints = Checkpoints(workdir, read_only=True)
-    state, _ = checkpoints.restore(program.abstract_state, STEP.value)
-    checkpoints.close()
-    record = evaluate(config, program, state, dataset)
+    run = open_run(workdir, STEP.value, config=config)
+    record = evaluate(config, run.program, run.state, run.dataset)
     print(
-        f"step {int(state.step)}: bits per byte {record['bpb']:.4f} on {record['tokens']:,} tokens"
+        f"step {int(run.state.step)}: bits per byte {record['bpb']:.4f} on {record['tokens']:,} tokens"
     )
     for name, bpb in record["bpb_domain"].items():
         print(f"  {name:<12}{bpb:.4f}")
