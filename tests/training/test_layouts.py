@@ -2,7 +2,7 @@
 accumulation, with and without remat.
 
 The default run takes three arms over two layouts; `pytest tests --layouts=all` takes every router
-of the catalogue and every dispatch over all of them (an hour on two cores).
+of the catalogue and every dispatch over all of them (a quarter of an hour on two cores).
 """
 
 import dataclasses
