@@ -75,7 +75,7 @@ class Config:
             "train.record_routing=True, but moe.experts=0 routes nothing",
         )
         require(
-            not self.train.replay or callable(self.router.name) or self.router.name == "replay",
+            not self.train.replay or self.router.name == "replay" or self.router.custom,
             f"train.replay is for router.name='replay', not {self.router.label!r}",
         )
         if self.moe.experts:
