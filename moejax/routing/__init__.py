@@ -11,7 +11,16 @@ from moejax.routing.registry import (
     router_name,
 )
 from moejax.routing.spec import LayerSize, RouterSpec
-from moejax.routing.types import Recorded, RouterFn, RouterInput, Routing, combine_TE, token_choice
+from moejax.routing.types import (
+    Recorded,
+    RouterFn,
+    RouterInput,
+    Routing,
+    combine_TE,
+    token_choice,
+    token_keys,
+    token_noise,
+)
 
 __all__ = [
     "BALANCE_LOSSES",
@@ -35,4 +44,6 @@ __all__ = [
     "router_name",
     "router_z",
     "token_choice",
+    "token_keys",
+    "token_noise",
 ]

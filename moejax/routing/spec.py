@@ -44,8 +44,6 @@ class RouterSpec(NamedTuple):
       columns: (E, *, hyper-parameters) -> X, how many further projections of a token the router
         looks at (`RouterInput.extra_TX`); None = none.
       every_expert: training computes all E experts for each token, or does at first.
-      draws: in training it draws noise for its tokens together, so that a token's choice depends on
-        how many there are.
       weights: (key, shape) -> initial weights of the router's projections; None = the model's own
         initialisation.
     """
@@ -60,5 +58,4 @@ class RouterSpec(NamedTuple):
     update: Callable[..., Any] | None = None
     columns: Callable[..., int] | None = None
     every_expert: bool = False
-    draws: bool = False
     weights: Callable[[jax.Array, tuple[int, ...]], jax.Array] | None = None
