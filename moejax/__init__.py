@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         combine_TE,
         make_router,
         token_choice,
+        token_noise,
     )
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "dependence",
     "make_router",
     "token_choice",
+    "token_noise",
 ]
 
 

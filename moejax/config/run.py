@@ -141,7 +141,7 @@ class Config:
             r = RouterInput(
                 logits_TE=jnp.zeros((tokens, experts)),
                 valid_T=jnp.ones(tokens, bool),
-                key=jax.random.key(0),
+                key=jax.random.split(jax.random.key(0), tokens),
                 state=router.init(LayerSize(experts, self.model.dim, 256, jnp.ones(256))),
                 token_T=ids_T,
                 next_T=ids_T,
