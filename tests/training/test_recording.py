@@ -118,7 +118,7 @@ def test_recording_costs_nothing_when_it_is_off(monkeypatch) -> None:
 
     off, on = jaxpr(False), jaxpr(True)
     calls = []
-    monkeypatch.setattr(spine, "_recording", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(spine, "_decisions", lambda *arguments: calls.append(arguments))
     assert jaxpr(False) == off and calls == []
     # With it on, and its one function giving nothing, the program is the one without it.
     assert jaxpr(True) == off and calls
