@@ -10,15 +10,24 @@ from jax.sharding import PartitionSpec as P
 from moejax.dispatch import (
     DISPATCH,
     Experts,
+    Plan,
     Shards,
     expert_specs,
     mesh_shards,
     route_and_plan,
 )
 from moejax.dispatch.local import per_token
-from moejax.routing import MoeStats, Recorded, Router, RouterInput, Routing, moe_stats
-from moejax.routing.replay import record as record_routing
-from moejax.routing.types import token_keys
+from moejax.routing import (
+    Decisions,
+    MoeStats,
+    Recorded,
+    Router,
+    RouterInput,
+    Routing,
+    decisions,
+    moe_stats,
+    token_keys,
+)
 
 
 class MoeParams(NamedTuple):
@@ -67,7 +76,7 @@ def moe(
         in evaluation: no noise, no jitter.
       state: the router's state for this layer. It is read, never written.
       recorded: another run's routing of these tokens, arrays [B, S, R], for the router `replay`.
-      record: put this routing into the statistics, in the same form.
+      record: put this routing into the statistics: `MoeStats.decisions`, arrays [B, S, ...].
 
     Returns:
       y_BSD in x's dtype, zeros where no expert worked on a token, and the layer's statistics.
@@ -87,7 +96,7 @@ def moe(
         )
     cut, whole = P(shards.axes), P()
     r_cut: Any = jax.tree.map(lambda _: cut, r._replace(state=None))
-    stats_cut: Any = dict.fromkeys(MoeStats._fields, whole) | {"recorded": cut}
+    stats_cut: Any = dict.fromkeys(MoeStats._fields, whole) | {"decisions": cut}
     return jax.shard_map(
         layer,
         in_specs=(expert_specs(p.experts), cut, r_cut._replace(state=whole)),
@@ -123,7 +132,7 @@ def _layer(
     stats = shards.total(moe_stats(r, routing, plan, output_ED, sequences))
     if record:
         most = per_token(options.router, routing)
-        stats = stats._replace(recorded=_recording(routing, x_BSD.shape, most))
+        stats = stats._replace(decisions=_decisions(routing, plan, x_BSD.shape, most))
     return y_TD.reshape(x_BSD.shape), stats
 
 
@@ -134,10 +143,11 @@ def spread_dispatch(options: MoeOptions) -> str:
     return "dropless" if options.dispatch == "gather" and across else options.dispatch
 
 
-def _recording(routing: Routing, shape: tuple[int, ...], most: int) -> Recorded:
-    """The routing by token, [B, S, R], R = `most`."""
-    kept = record_routing(routing, shape[0] * shape[1], most)
-    return jax.tree.map(lambda a: a.reshape(*shape[:2], -1), kept)
+def _decisions(routing: Routing, plan: Plan, shape: tuple[int, ...], most: int) -> Decisions:
+    """The routing by token, arrays [B, S, ...]; R = `most`."""
+    kept_N = plan.expert_N < routing.scores_TE.shape[-1]
+    by_token = decisions(routing, kept_N, most)
+    return jax.tree.map(lambda a: a.reshape(*shape[:2], *a.shape[1:]), by_token)
 
 
 def router_input(

@@ -19,7 +19,7 @@ from moejax.data.corpora import SOURCES
 from moejax.data.packing import Stream, Streams, open_tokenizer, packed
 from moejax.data.prepared import open_corpora
 from moejax.data.splits import SPLITS, TRAIN, VALIDATION
-from moejax.data.tokenizer import SEPARATOR_TEXT, Tokenizer
+from moejax.data.tokenizer import SEPARATOR, SEPARATOR_TEXT, Tokenizer
 from moejax.data.windows import PADDED_ROW, Batch, Windows, balanced_order
 from moejax.names import did_you_mean
 
@@ -129,6 +129,22 @@ class TextDataset:
             place = text.index(SEPARATOR_TEXT)
             raise ValueError(f"character {place} is NUL, which separates documents; remove it")
         return self.tokenizer.encode([text.encode()])[0].astype(np.int32)
+
+    def text_batches(
+        self, text: str, *, batch: int = 0, share: Share = slice(None)
+    ) -> Sequence[Batch]:
+        """Returns a text of any length as one document, in rows as those of the corpus are; the
+        last batch is filled up with padded rows. No domain is known of any row: -1.
+
+        Raises ValueError where it holds no token, or the separator.
+        """
+        ids = self.encode(text)
+        if not len(ids):
+            raise ValueError("the text holds no token; give some characters")
+        windows = Windows([np.append(ids, SEPARATOR)], self.config.sequence)
+        order = np.arange(len(windows))
+        rows = _Fixed(windows, order, batch or self.config.batch, share)
+        return [each._replace(domain_B=np.full_like(each.domain_B, PADDED_ROW)) for each in rows]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; a separator shows as U+2400, broken UTF-8 as U+FFFD."""

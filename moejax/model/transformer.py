@@ -173,7 +173,7 @@ class Transformer(nnx.Module):
           router_state: the routers' states with a leading axis over MoE layers, or None.
           recorded: another run's routing of these tokens, arrays [L, B, S, R] over MoE layers, for
             the router `replay`.
-          record: put this routing into the statistics, in the same form.
+          record: put this routing into the statistics: `decisions`, arrays [L, B, S, ...].
           head: what is returned in the place of `logits`, of the same arguments.
 
         Returns:

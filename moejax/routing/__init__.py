@@ -1,6 +1,7 @@
 """Routing: pure functions of arrays, from a token's logits to its experts. No Flax, no model."""
 
 from moejax.routing.balance import BALANCE_LOSSES, load_balance, router_z
+from moejax.routing.decisions import Decisions, decisions
 from moejax.routing.metrics import MoeStats, max_vio, moe_stats, normalised_entropy
 from moejax.routing.registry import (
     ROUTERS,
@@ -26,6 +27,7 @@ __all__ = [
     "BALANCE_LOSSES",
     "ROUTERS",
     "AnyRouter",
+    "Decisions",
     "LayerSize",
     "MoeStats",
     "Recorded",
@@ -35,6 +37,7 @@ __all__ = [
     "RouterSpec",
     "Routing",
     "combine_TE",
+    "decisions",
     "hyperparameters",
     "load_balance",
     "make_router",

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.routing.types import Recorded, RouterInput, Routing
+from moejax.routing.decisions import Decisions
+from moejax.routing.types import RouterInput, Routing
 
 if TYPE_CHECKING:
     from moejax.dispatch.plan import Plan
@@ -36,7 +37,7 @@ class MoeStats(NamedTuple):
       weight_E: float32, sum of the weights of what each expert did.
       output_ED: float32, sum of its outputs, weighted.
       own: the router's own sums (`Routing.sums`), some of them differentiable.
-      recorded: the routing itself, where it was asked for: no sum, and None else.
+      decisions: the routing itself, where it was asked for: no sum, and None else.
     """
 
     tokens: jax.Array
@@ -53,7 +54,7 @@ class MoeStats(NamedTuple):
     weight_E: jax.Array
     output_ED: jax.Array
     own: dict[str, jax.Array]
-    recorded: Recorded | None = None
+    decisions: Decisions | None = None
 
 
 def moe_stats(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.routing.spec import RouterSpec
-from moejax.routing.types import Recorded, RouterInput, Routing, token_choice
+from moejax.routing.types import RouterInput, Routing, token_choice
 
 WEIGHTS = ("recorded", "softmax", "softmax_renorm", "sigmoid")
 
@@ -50,34 +50,6 @@ def replay(
             total_T = weight_TR.sum(-1, keepdims=True)
             weight_TR = weight_TR / jnp.where(total_T > 0, total_T, 1.0)
     return token_choice(r, expert_TR, weight_TR, scores_TE, order)
-
-
-def record(routing: Routing, num_tokens: int, width: int = 0) -> Recorded:
-    """A routing as lists of each token's experts, in the order in which they stood in it.
-
-    What goes nowhere and what was computed for the gradient alone is left out.
-
-    Args:
-      routing: of any router.
-      num_tokens: T.
-      width: R; 0 = E, which always suffices. Where every token makes K choices, K does. What does
-        not fit is lost.
-    """
-    num_experts = routing.scores_TE.shape[-1]
-    width = width or num_experts
-    real_N = (routing.expert_N < num_experts) & (routing.choice_N >= 0)
-    token_N = jnp.where(real_N, routing.token_N, num_tokens)
-    order_N = jnp.argsort(token_N, stable=True)
-    sorted_N = token_N[order_N]
-    size_T = jnp.zeros(num_tokens + 1, jnp.int32).at[token_N].add(1)
-    rank_N = jnp.arange(token_N.shape[0], dtype=jnp.int32) - (jnp.cumsum(size_T) - size_T)[sorted_N]
-    at = (sorted_N, rank_N)
-    shape = (num_tokens, width)
-    weight_N = jax.lax.stop_gradient(routing.weight_N)[order_N]
-    return Recorded(
-        jnp.full(shape, num_experts, jnp.int32).at[at].set(routing.expert_N[order_N], mode="drop"),
-        jnp.zeros(shape, jnp.float32).at[at].set(weight_N, mode="drop"),
-    )
 
 
 ROUTERS = {

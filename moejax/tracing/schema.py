@@ -7,6 +7,11 @@ from typing import Any
 import numpy as np
 
 
+def index_dtype(experts: int) -> Any:
+    """Of an expert's number: the smallest dtype that holds 0 .. E."""
+    return np.uint8 if experts <= 255 else np.uint16
+
+
 @dataclasses.dataclass(frozen=True)
 class TraceMeta:
     """What all parts of a trace share.
@@ -43,7 +48,8 @@ class Trace:
       dropped_TLR: bool, assigned but found the expert full.
       entropy_TL: float32, of the router's normalised scores in nats.
       margin_TL: float32, least score of a chosen expert minus the greatest of one not chosen:
-        small = fragile, negative = a bias or a limit overruled the scores.
+        small = fragile, negative = a bias or a limit overruled the scores; NaN where none is
+        chosen, or all are.
       predicted_T: int32, the model's best guess for target_T; None = not kept.
       scores_TLE: float16 scores of all experts, for the viewer; None = not kept.
     """

@@ -66,7 +66,8 @@ def loss_fn(
         nll_BS, stats = forward(params, router_state, rows, key_B, graph, record)
         recorded = None
         if stats is not None:
-            recorded, stats = stats.recorded, stats._replace(recorded=None)
+            decisions, stats = stats.decisions, stats._replace(decisions=None)
+            recorded = None if decisions is None else decisions.recorded
         return None, (Sums(nll_BS.sum(), rows.valid_BS.sum(dtype=jnp.int32), stats), recorded)
 
     # A key for each row: its noise is the same in any microbatch.
@@ -153,10 +154,10 @@ def eval_step(
     nll_BS, stats = forward(params, router_state, batch, None, graph, record=True)
     loads = None
     if stats is not None:
-        if stats.recorded is not None:
-            load_BLE = _row_loads(stats.recorded.expert_TR, stats.load_E.shape[-1])
+        if stats.decisions is not None:
+            load_BLE = _row_loads(stats.decisions.expert_TR, stats.load_E.shape[-1])
             loads = RowLoads(batch.domain_B, load_BLE)
-        stats = stats._replace(recorded=None)
+        stats = stats._replace(decisions=None)
     bytes_BS = jnp.where(batch.valid_BS, bytes_V[batch.targets_BS], 0.0)
 
     def by_domain(a_BS: jax.Array) -> jax.Array:

@@ -8,32 +8,15 @@ import numpy as np
 import pytest
 
 from moejax.dispatch import route
-from moejax.routing import ROUTERS, LayerSize, Recorded, RouterInput, Routing, combine_TE
+from moejax.routing import ROUTERS, LayerSize, Recorded, RouterInput, combine_TE, decisions
 from moejax.routing.registry import make_router
-from moejax.routing.replay import record, replay
+from moejax.routing.replay import replay
 
 TOKENS, EXPERTS = 12, 4
 RANDOM = np.random.default_rng(5)
 LOGITS_TE = jnp.asarray(RANDOM.normal(size=(TOKENS, EXPERTS)), jnp.float32)
 OTHER_TE = jnp.asarray(RANDOM.normal(size=(TOKENS, EXPERTS)), jnp.float32)
 SOME_T = jnp.asarray(RANDOM.random(TOKENS) < 0.7)
-
-
-def test_record_by_hand() -> None:
-    # Three tokens, three experts; listed expert by expert. Token 0 goes to experts 0 and 2, token 1
-    # nowhere (its choice was refused; one is for the gradient alone), token 2 to expert 1.
-    routing = Routing(
-        jnp.asarray([0, 2, 0, 1, 1]),
-        jnp.asarray([0, 1, 2, 3, 2]),
-        jnp.asarray([0.25, 1.0, 0.5, 0.0, 0.125]),
-        jnp.asarray([0, 0, 1, 0, -1]),
-        jnp.zeros((3, 3)),
-    )
-    kept = record(routing, 3)
-    assert kept.expert_TR.tolist() == [[0, 2, 3], [3, 3, 3], [1, 3, 3]]
-    assert kept.weight_TR.tolist() == [[0.25, 0.5, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
-    # A width that does not suffice loses the later ones.
-    assert record(routing, 3, 1).expert_TR.tolist() == [[0], [3], [1]]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -49,7 +32,8 @@ def recorded_and_replayed(name: str):
     real_N = routing.choice_N >= 0
     chosen_N = jnp.where(real_N, routing.expert_N, EXPERTS)
     chosen = routing._replace(expert_N=chosen_N, weight_N=jnp.where(real_N, routing.weight_N, 0.0))
-    again = RouterInput(OTHER_TE, SOME_T, recorded=record(routing, TOKENS))
+    kept_N = jnp.ones(routing.token_N.shape, bool)
+    again = RouterInput(OTHER_TE, SOME_T, recorded=decisions(routing, kept_N).recorded)
     return combine_TE(chosen), combine_TE(route(replay, again, 1, "batch"))
 
 
