@@ -46,6 +46,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3",
             "ruff>=0.9",
+            "selenium>=4",
             *NOTEBOOKS,
         ],
         "notebooks": NOTEBOOKS,
