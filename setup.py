@@ -44,7 +44,7 @@ setup(
             *TPU,
             "mypy>=1.15",
             "pytest>=8",
-            "pytest-xdist>=3",
+            "pytest-xdist>=3.8",
             "ruff>=0.9",
             "selenium>=4",
             *NOTEBOOKS,
