@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from experiments import base
 from moejax.config import router_config
 from moejax.reporting import Claim, Suite, all_of, contrast, falling, less, similar, steadier
-from moejax.routing import RouterInput, Routing, token_choice
+from moejax.routing import RouterInput, Routing, token_choice, token_noise
 
 PAPER = "Fedus et al. 2021"
 FACTORS = ("1", "1.25", "2")
@@ -32,10 +32,11 @@ def get_config(scale: str = "smoke") -> ConfigDict:
 
 def sampled(r: RouterInput) -> Routing:
     """Switch that draws its expert in training, as its probabilities say (Table 11)."""
-    probs_TE = jax.nn.softmax(r.logits_TE)
-    best_T = probs_TE.argmax(-1)
+    probs_TE, noisy_TE = jax.nn.softmax(r.logits_TE), r.logits_TE
     if r.key is not None:
-        best_T = jax.random.categorical(r.key, r.logits_TE)
+        shape = noisy_TE.shape[-1:]
+        noisy_TE = noisy_TE + token_noise(r, lambda key: jax.random.gumbel(key, shape))
+    best_T = noisy_TE.argmax(-1)
     weight_T1 = jnp.take_along_axis(probs_TE, best_T[:, None], axis=-1)
     return token_choice(r, best_T[:, None], weight_T1, probs_TE)
 

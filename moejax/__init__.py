@@ -21,10 +21,12 @@ if TYPE_CHECKING:
         ROUTERS,
         MoeStats,
         RouterInput,
+        RouterSpec,
         Routing,
         combine_TE,
         make_router,
         token_choice,
+        token_noise,
     )
 
 __all__ = [
@@ -32,12 +34,14 @@ __all__ = [
     "MoE",
     "MoeStats",
     "RouterInput",
+    "RouterSpec",
     "Routing",
     "Transformer",
     "combine_TE",
     "dependence",
     "make_router",
     "token_choice",
+    "token_noise",
 ]
 
 

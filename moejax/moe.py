@@ -26,6 +26,7 @@ from moejax.routing import (
     Routing,
     decisions,
     moe_stats,
+    token_keys,
 )
 
 
@@ -71,7 +72,8 @@ def moe(
       options: router, dispatch, capacity.
       valid_BS: bool, True = a real token.
       token_BS: int32 vocabulary ids, for routers that want them.
-      key: PRNG key in training; None in evaluation: no noise, no jitter.
+      key: in training a PRNG key, or one for each sequence [B]; each token gets its own of it. None
+        in evaluation: no noise, no jitter.
       state: the router's state for this layer. It is read, never written.
       recorded: another run's routing of these tokens, arrays [B, S, R], for the router `replay`.
       record: put this routing into the statistics: `MoeStats.decisions`, arrays [B, S, ...].
@@ -93,11 +95,11 @@ def moe(
             f"{x_BSD.shape[0]} sequences are not divisible by data x fsdp x expert = {shards.count}"
         )
     cut, whole = P(shards.axes), P()
-    r_cut: Any = jax.tree.map(lambda _: cut, r._replace(key=None, state=None))
+    r_cut: Any = jax.tree.map(lambda _: cut, r._replace(state=None))
     stats_cut: Any = dict.fromkeys(MoeStats._fields, whole) | {"decisions": cut}
     return jax.shard_map(
         layer,
-        in_specs=(expert_specs(p.experts), cut, r_cut._replace(key=whole, state=whole)),
+        in_specs=(expert_specs(p.experts), cut, r_cut._replace(state=whole)),
         out_specs=(cut, MoeStats(**stats_cut)),
         check_vma=False,
     )(p.experts, x_BSD, r)
@@ -163,16 +165,32 @@ def router_input(
     U[1 - jitter, 1 + jitter], elementwise.
     """
     x_TD = x_TD.astype(jnp.float32)
-    if jitter and key is not None:
-        key, noise = jax.random.split(key)
-        x_TD = x_TD * jax.random.uniform(noise, x_TD.shape, minval=1 - jitter, maxval=1 + jitter)
-    r = RouterInput(_project(x_TD, p.w_router_DE), valid_BS.reshape(-1), key, state)
+    key_T = None if key is None else _token_keys(key, valid_BS.shape)
+    if jitter and key_T is not None:
+        x_TD = x_TD * _jitter(key_T, x_TD.shape[-1], jitter)
+    r = RouterInput(_project(x_TD, p.w_router_DE), valid_BS.reshape(-1), key_T, state)
     if token_BS is not None:
         next_BS = jnp.concatenate([token_BS[:, 1:], token_BS[:, -1:]], axis=1)
         r = r._replace(token_T=token_BS.reshape(-1), next_T=next_BS.reshape(-1))
     if p.w_extra_DX is not None:
         r = r._replace(extra_TX=_project(x_TD, p.w_extra_DX))
     return r
+
+
+def _token_keys(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Keys [T] of sequences' keys [B], or of one: a token's does not depend on the other rows."""
+    rows, length = shape
+    return jax.vmap(lambda k: jax.random.split(k, length))(token_keys(key, rows)).reshape(-1)
+
+
+def _jitter(key_T: jax.Array, dim: int, jitter: float) -> jax.Array:
+    """U[1 - jitter, 1 + jitter], float32 [T, D], from other keys than the router's."""
+
+    def draw(key: jax.Array) -> jax.Array:
+        other = jax.random.fold_in(key, 2**31 - 1)  # no router gets so far
+        return jax.random.uniform(other, (dim,), minval=1 - jitter, maxval=1 + jitter)
+
+    return jax.vmap(draw)(key_T)
 
 
 def _project(x_TD: jax.Array, w_DX: jax.Array) -> jax.Array:

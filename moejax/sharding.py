@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -49,12 +50,39 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """The mesh of a config over the given devices (default: all).
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or TPU slices do not divide
+        the axis `data`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
-    grid = np.array(devices).reshape(tuple(sizes.values()))
+    grid = device_grid(devices, tuple(sizes.values()))
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def device_grid(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices in the form of a mesh, `data` first: [data, fsdp, expert, tensor].
+
+    TPUs lie on a torus: there, devices along an axis are neighbours. Between slices of TPUs, which
+    only a data-centre network joins, lies `data`. Elsewhere the order is the devices' own.
+    """
+    cores = {getattr(device, "core_on_chip", 0) for device in devices}
+    # mesh_utils refuses two devices a chip, bar those of TPU7x.
+    apart = len(cores) > 1 and "7x" not in devices[0].device_kind
+    if devices[0].platform != "tpu" or apart:
+        return np.array(devices).reshape(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape[0] % slices:
+        raise ValueError(
+            f"mesh.data={shape[0]} is not divisible by the {slices} TPU slices that it lies across"
+        )
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        (shape[0] // slices, *shape[1:]),
+        (slices, *(1,) * (len(shape) - 1)),
+        devices,
+        allow_split_physical_axes=True,
+    )
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """The edge: the same keys as an editable, type-checked ml_collections ConfigDict."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -9,7 +9,7 @@ from ml_collections.config_dict import placeholder
 
 from moejax.config.run import Config
 from moejax.config.sections import one_of
-from moejax.routing import hyperparameters, make_router
+from moejax.routing import AnyRouter, hyperparameters, make_router
 
 
 def default_config() -> ConfigDict:
@@ -22,8 +22,8 @@ def default_config() -> ConfigDict:
     return config
 
 
-def router_config(name: str | Callable[..., Any], **options: Any) -> ConfigDict:
-    """The `router` section for one router, by name or as a function: all its options, some set.
+def router_config(name: AnyRouter, **options: Any) -> ConfigDict:
+    """The `router` section for one router, by name, function or spec: all its options, some set.
 
     Raises:
       ValueError: unknown router or option.

@@ -75,7 +75,7 @@ class Config:
             f"train.trace_every={self.train.trace_every}, but moe.experts=0 routes nothing",
         )
         require(
-            not self.train.replay or callable(self.router.name) or self.router.name == "replay",
+            not self.train.replay or self.router.name == "replay" or self.router.custom,
             f"train.replay is for router.name='replay', not {self.router.label!r}",
         )
         if self.moe.experts:
@@ -139,7 +139,7 @@ class Config:
             r = RouterInput(
                 logits_TE=jnp.zeros((tokens, experts)),
                 valid_T=jnp.ones(tokens, bool),
-                key=jax.random.key(0),
+                key=jax.random.split(jax.random.key(0), tokens),
                 state=router.init(LayerSize(experts, self.model.dim, 256, jnp.ones(256))),
                 token_T=ids_T,
                 next_T=ids_T,

@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from moejax.dispatch import ACTIVATIONS, DISPATCH, GROUPS
 from moejax.names import did_you_mean
-from moejax.routing import Router, hyperparameters, make_router
+from moejax.routing import AnyRouter, Router, hyperparameters, make_router, router_name
 
 
 def require(condition: bool, message: str) -> None:
@@ -192,9 +192,10 @@ class MoeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
-    """A router by name, or a function (RouterInput, *, options) -> Routing, and its options."""
+    """A router by name, a function (RouterInput, *, options) -> Routing, or a `RouterSpec`; and its
+    options."""
 
-    name: str | Callable[..., Any] = "topk"
+    name: AnyRouter = "topk"
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -206,7 +207,12 @@ class RouterConfig:
 
     @property
     def label(self) -> str:
-        return self.name if isinstance(self.name, str) else self.name.__name__
+        return router_name(self.name)
+
+    @property
+    def custom(self) -> bool:
+        """Whether it is a user's own."""
+        return not isinstance(self.name, str)
 
     @property
     def k(self) -> int | None:

@@ -2,8 +2,8 @@
 
 A router whose tokens choose alone, or whose groups lie whole on a device, is asked about this
 device's tokens only; capacity across devices needs no more than their counts. Any other router
-(expert choice over the batch, assignments, noise drawn for the batch, a user's own function) sees
-the whole batch on every device, and each device keeps what is about its tokens.
+(expert choice over the batch, assignments, a user's function without a spec) sees the whole batch
+on every device, and each device keeps what is about its tokens.
 """
 
 import dataclasses
@@ -38,13 +38,13 @@ def route_and_plan(
       The routing's own sums are this device's share: `shards.total` gives the batch's.
     """
     if not shards.axes or is_local(router, r, groups, capacity_factor):
-        routing = route(router.route, r, sequences, groups, shards)
+        routing = route(router.route, r, sequences, groups)
         count = num_groups(sequences, r.valid_T.shape[0] // sequences, groups)
         waves = 1 if router.order == "token_major" else per_token(router, routing)
         sharing = shards if groups == "batch" else ALONE
         return routing, make_plan(routing, capacity_factor, count, sharing, waves)
-    # The key and the state are the same everywhere already.
-    whole = shards.whole(r._replace(key=None, state=None))._replace(key=r.key, state=r.state)
+    # The state is the same everywhere already.
+    whole = shards.whole(r._replace(state=None))._replace(state=r.state)
     routing = route(router.route, whole, sequences * shards.count, groups)
     num_tokens = r.valid_T.shape[0]
     count = num_groups(sequences * shards.count, num_tokens // sequences, groups)
@@ -57,10 +57,9 @@ def is_local(router: Router, r: RouterInput, groups: str, capacity_factor: float
     """Whether each device can ask the router about its own tokens."""
     if groups == "sequence":
         return True
-    draws = r.key is not None and router.spec is not None and router.spec.draws
     # Batch priority compares tokens of all devices; otherwise their counts say who comes first.
     ordered = router.order != "bpr" or capacity_factor is None
-    return groups == "batch" and tokens_choose(router) and not draws and ordered
+    return groups == "batch" and tokens_choose(router) and ordered
 
 
 def per_token(router: Router, routing: Routing) -> int:

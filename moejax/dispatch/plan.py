@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.dispatch.shards import ALONE, Shards
-from moejax.routing.types import RouterFn, RouterInput, Routing
+from moejax.routing.types import RouterFn, RouterInput, Routing, token_keys
 
 GROUPS = ("batch", "sequence", "position")
 
@@ -67,17 +67,17 @@ def merge_groups(a_G: jax.Array, groups: str) -> jax.Array:
     return a_BS.reshape(-1, *a_BS.shape[2:])
 
 
-def route(
-    router: RouterFn, r: RouterInput, sequences: int, groups: str, shards: Shards = ALONE
-) -> Routing:
+def route(router: RouterFn, r: RouterInput, sequences: int, groups: str) -> Routing:
     """The router applied to each group; its assignments, listed group by group, in the numbers of
-    the tokens of `r`. With `shards`, groups are whole sequences, or the router needs no key."""
+    the tokens of `r`."""
+    if r.key is not None:
+        r = r._replace(key=token_keys(r.key, r.logits_TE.shape[0]))
     token_T = jnp.arange(r.logits_TE.shape[0], dtype=jnp.int32)
     token_G = split_groups(token_T, sequences, groups)
-    # Every field has the token axis but the state, which all groups share, and the key.
-    of_tokens = r._replace(key=None, state=None)
+    # Every field has the token axis but the state, which all groups share.
+    of_tokens = r._replace(state=None)
     in_groups = jax.tree.map(lambda a: split_groups(a, sequences, groups), of_tokens)._replace(
-        key=None if r.key is None else _group_keys(r.key, token_G.shape[0], shards), state=r.state
+        state=r.state
     )
     axes = jax.tree.map(lambda _: 0, in_groups._replace(state=None))
     routing = jax.vmap(router, in_axes=(axes,))(in_groups)
@@ -92,12 +92,6 @@ def route(
         {name: sums_G.sum(0) for name, sums_G in routing.sums.items()},
         None if rest_GTD is None else merge_groups(rest_GTD, groups),
     )
-
-
-def _group_keys(key: jax.Array, groups: int, shards: Shards) -> jax.Array:
-    """Each group's key, the same wherever the group lies."""
-    keys = jax.random.split(key, groups * shards.count)
-    return jax.lax.dynamic_slice_in_dim(keys, shards.index() * groups, groups)
 
 
 def capacity(factor: float | None, assignments: int, num_experts: int, tokens: int) -> int:

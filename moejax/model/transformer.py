@@ -13,7 +13,7 @@ from moejax.model.latent import LatentAttention
 from moejax.model.layers import Attention, FeedForward, RMSNorm, attention_mask, initial
 from moejax.model.moe import MoE
 from moejax.model.soft import SoftMoE
-from moejax.routing import MoeStats, Recorded
+from moejax.routing import MoeStats, Recorded, token_keys
 from moejax.sharding import constrain
 
 
@@ -169,7 +169,7 @@ class Transformer(nnx.Module):
           segment_BS: int32 document number of each token; None = one document a row.
           position_BS: int32 position in the document; None = position in the row.
           valid_BS: bool, True = a real token; None = all are.
-          key: PRNG key in training, None in evaluation.
+          key: in training a PRNG key, or one for each sequence [B]; None in evaluation.
           router_state: the routers' states with a leading axis over MoE layers, or None.
           recorded: another run's routing of these tokens, arrays [L, B, S, R] over MoE layers, for
             the router `replay`.
@@ -185,15 +185,19 @@ class Transformer(nnx.Module):
         # The table whole along D: else what is looked up lies cut along D, and is moved whole.
         embed_VD = constrain(self.embed_VD[...].astype(dtype), "embed_read_VD")
         x_BSD = constrain(embed_VD[token_BS], "x_BSD")
-        keys_L = None if key is None else jax.random.split(key, max(1, self.config.moe_layers))
+        keys_LB = None if key is None else self._layer_keys(token_keys(key, token_BS.shape[0]))
         stats = None
         for unit, (kinds, _) in zip(self.stacks, layer_stacks(self.config), strict=True):
             routed = "moe" in kinds
-            per_layer = (keys_L, router_state, recorded) if routed else (None, None, None)
+            per_layer = (keys_LB, router_state, recorded) if routed else (None, None, None)
             x_BSD, unit_stats = self._scan(unit, x_BSD, context, per_layer)
             stats = unit_stats if routed else stats
         w_DV = self.unembed_DV[...].astype(dtype)
         return (head or logits)(self.final_norm(x_BSD), w_DV), stats
+
+    def _layer_keys(self, key_B: jax.Array) -> jax.Array:
+        layers = max(1, self.config.moe_layers)
+        return jnp.swapaxes(jax.vmap(lambda key: jax.random.split(key, layers))(key_B), 0, 1)
 
     def _scan(
         self, unit: Unit, x_BSD: jax.Array, context: Context, per_layer: tuple[Any, Any, Any]

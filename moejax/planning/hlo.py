@@ -14,6 +14,8 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+# call-start: what TPU7x gives to another of its cores.
+_CALLS = ("fusion", "call", "call-start", "while", "conditional")
 _LISTED = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 
 
@@ -60,7 +62,7 @@ class Instruction(NamedTuple):
         if "=" not in self.attributes:
             return []
         head = self.attributes.split("metadata={", 1)[0]
-        if self.opcode in ("fusion", "call", "while", "conditional") or "async" in self.opcode:
+        if self.opcode in _CALLS or "async" in self.opcode:
             listed = [re.findall(r"%([\w.\-]+)", group) for group in _LISTED.findall(head)]
             return [*_CALLED.findall(head), *(name for group in listed for name in group)]
         return []

@@ -3,13 +3,30 @@
 from moejax.routing.balance import BALANCE_LOSSES, load_balance, router_z
 from moejax.routing.decisions import Decisions, decisions
 from moejax.routing.metrics import MoeStats, max_vio, moe_stats, normalised_entropy
-from moejax.routing.registry import ROUTERS, Router, hyperparameters, make_router
+from moejax.routing.registry import (
+    ROUTERS,
+    AnyRouter,
+    Router,
+    hyperparameters,
+    make_router,
+    router_name,
+)
 from moejax.routing.spec import LayerSize, RouterSpec
-from moejax.routing.types import Recorded, RouterFn, RouterInput, Routing, combine_TE, token_choice
+from moejax.routing.types import (
+    Recorded,
+    RouterFn,
+    RouterInput,
+    Routing,
+    combine_TE,
+    token_choice,
+    token_keys,
+    token_noise,
+)
 
 __all__ = [
     "BALANCE_LOSSES",
     "ROUTERS",
+    "AnyRouter",
     "Decisions",
     "LayerSize",
     "MoeStats",
@@ -27,6 +44,9 @@ __all__ = [
     "max_vio",
     "moe_stats",
     "normalised_entropy",
+    "router_name",
     "router_z",
     "token_choice",
+    "token_keys",
+    "token_noise",
 ]

@@ -5,6 +5,7 @@ Top-K lets a router learn from the experts it chose alone. Here it samples and c
 said (Default MoE), or chooses differentiably (DSelect-k).
 """
 
+import functools
 import math
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 
 from moejax.routing.metrics import MoeStats
 from moejax.routing.spec import LayerSize, RouterSpec
-from moejax.routing.types import RouterInput, Routing, token_choice
+from moejax.routing.types import RouterInput, Routing, token_choice, token_noise
 
 
 def sparsemixer2(
@@ -42,9 +43,9 @@ def sparsemixer2(
         probs_TE = jax.nn.softmax(jnp.where(near_best(logits_TE, epsilon), logits_TE, -jnp.inf))
         expert_T, factor_T = logits_TE.argmax(-1), jnp.ones(num_tokens)
         if r.key is not None:
-            draw_key, coin_key = jax.random.split(jax.random.fold_in(r.key, choice))
-            best_T, expert_T = expert_T, jax.random.categorical(draw_key, jnp.log(probs_TE))
-            whole_T = (expert_T == best_T) | jax.random.bernoulli(coin_key, 0.25, (num_tokens,))
+            gumbel_TE, coin_T = token_noise(r, functools.partial(_draw, choice, num_experts))
+            best_T, expert_T = expert_T, (jnp.log(probs_TE) + gumbel_TE).argmax(-1)
+            whole_T = (expert_T == best_T) | (coin_T < 0.25)
             factor_T = jnp.where(whole_T, 1.0, 1 / 3)
         prob_T = jnp.take_along_axis(probs_TE, expert_T[:, None], axis=1)[:, 0]
         experts.append(expert_T)
@@ -52,6 +53,12 @@ def sparsemixer2(
         left_TE = left_TE & ~jax.nn.one_hot(expert_T, num_experts, dtype=bool)
     scores_TE = jax.nn.softmax(r.logits_TE)
     return token_choice(r, jnp.stack(experts, 1), jnp.stack(weights, 1), scores_TE, order)
+
+
+def _draw(choice: int, num_experts: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What a token draws for one of its choices: Gumbel noise [E], and a coin in [0, 1)."""
+    draw_key, coin_key = jax.random.split(jax.random.fold_in(key, choice))
+    return jax.random.gumbel(draw_key, (num_experts,)), jax.random.uniform(coin_key)
 
 
 def near_best(logits_TE: jax.Array, epsilon: float) -> jax.Array:
@@ -209,7 +216,6 @@ ROUTERS = {
         "load_balance loss",
         "Liu et al. 2024, 2409.12136",
         "means over draws against their expectation",
-        draws=True,
     ),
     "densemixer": RouterSpec(
         densemixer,

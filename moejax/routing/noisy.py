@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.scipy.special import ndtr
 
 from moejax.routing.spec import RouterSpec
-from moejax.routing.types import RouterInput, Routing, combine_TE, token_choice
+from moejax.routing.types import RouterInput, Routing, combine_TE, token_choice, token_noise
 
 
 class Gates(NamedTuple):
@@ -32,16 +32,15 @@ class Gates(NamedTuple):
 
 
 def noisy_gates(
-    logits_TE: jax.Array, raw_std_TE: jax.Array, key: jax.Array | None, k: int
+    logits_TE: jax.Array, raw_std_TE: jax.Array, unit_TE: jax.Array | None, k: int
 ) -> Gates:
-    """Shazeer et al. 2017, eq. 3-5: h = logits + N(0, 1) softplus(raw_std); the K best of h."""
+    """Shazeer et al. 2017, eq. 3-5: h = logits + unit softplus(raw_std), unit ~ N(0, 1) or None for
+    no noise; the K best of h."""
     std_TE = jnp.maximum(jax.nn.softplus(raw_std_TE), 1e-6)
-    noisy_TE = logits_TE
-    if key is not None:
-        noisy_TE = logits_TE + jax.random.normal(key, logits_TE.shape) * std_TE
+    noisy_TE = logits_TE if unit_TE is None else logits_TE + unit_TE * std_TE
     best_TK, expert_TK = jax.lax.top_k(noisy_TE, k)
     chosen_TE = jax.nn.one_hot(expert_TK, logits_TE.shape[-1]).sum(-2)
-    load_TE = chosen_TE if key is None else chance_of_choice(logits_TE, noisy_TE, std_TE, k)
+    load_TE = chosen_TE if unit_TE is None else chance_of_choice(logits_TE, noisy_TE, std_TE, k)
     return Gates(expert_TK, jax.nn.softmax(best_TK), chosen_TE, load_TE)
 
 
@@ -62,6 +61,13 @@ def chance_of_choice(
     return ndtr((logits_TE - threshold_TE) / std_TE)
 
 
+def unit_noise(r: RouterInput, width: int) -> jax.Array | None:
+    """N(0, 1) of each token, [T, width], in training; None in evaluation."""
+    if r.key is None:
+        return None
+    return token_noise(r, lambda key: jax.random.normal(key, (width,)))
+
+
 def noisy_topk(r: RouterInput, *, k: int = 2, order: str = "k_major") -> Routing:
     """Noisy top-k gating (Shazeer et al. 2017, 1701.06538): learned noise, then the K best.
 
@@ -75,7 +81,8 @@ def noisy_topk(r: RouterInput, *, k: int = 2, order: str = "k_major") -> Routing
     """
     if k == 1:
         raise ValueError("noisy_topk with k=1: weight 1 gives the router no gradient; use k > 1")
-    gates = noisy_gates(r.logits_TE, further(r, r.logits_TE.shape[-1]), r.key, k)
+    num_experts = r.logits_TE.shape[-1]
+    gates = noisy_gates(r.logits_TE, further(r, num_experts), unit_noise(r, num_experts), k)
     scores_TE = jax.nn.softmax(r.logits_TE)
     routing = token_choice(r, gates.expert_TK, gates.weight_TK, scores_TE, order)
     sums = {
@@ -125,13 +132,15 @@ def hierarchical(
         )
     extra_TX = further(r, 2 * expert_groups + num_experts)
     parts = jnp.split(extra_TX, [expert_groups, 2 * expert_groups], axis=-1)
-    keys = (None, None) if r.key is None else jax.random.split(r.key)
+    unit_TX = unit_noise(r, expert_groups + num_experts)
 
     def by_group(a_TE: jax.Array) -> jax.Array:
         return a_TE.reshape(-1, expert_groups, size)
 
-    primary = noisy_gates(parts[0], parts[1], keys[0], top_groups)
-    secondary = noisy_gates(by_group(r.logits_TE), by_group(parts[2]), keys[1], second)
+    first_TG = None if unit_TX is None else unit_TX[:, :expert_groups]
+    second_TGE = None if unit_TX is None else by_group(unit_TX[:, expert_groups:])
+    primary = noisy_gates(parts[0], parts[1], first_TG, top_groups)
+    secondary = noisy_gates(by_group(r.logits_TE), by_group(parts[2]), second_TGE, second)
     group_TM1 = primary.expert_TK[..., None]
     expert_TMK = jnp.take_along_axis(secondary.expert_TK, group_TM1, axis=1) + group_TM1 * size
     inner_TMK = jnp.take_along_axis(secondary.weight_TK, group_TM1, axis=1)
@@ -166,11 +175,10 @@ def vmoe(r: RouterInput, *, k: int = 2, order: str = "k_major") -> Routing:
     """
     num_experts = r.logits_TE.shape[-1]
     probs_TE = jax.nn.softmax(r.logits_TE)
-    noisy_TE = r.logits_TE
-    if r.key is not None:
-        noisy_TE = noisy_TE + jax.random.normal(r.key, noisy_TE.shape) / num_experts
+    unit_TE = unit_noise(r, num_experts)
+    noisy_TE = r.logits_TE if unit_TE is None else r.logits_TE + unit_TE / num_experts
     weight_TK, expert_TK = jax.lax.top_k(jax.nn.softmax(noisy_TE), k)
-    if r.key is None:
+    if unit_TE is None:
         load_TE = jax.nn.one_hot(expert_TK, num_experts).sum(1)
     else:
         load_TE = chance_above(r.logits_TE, noisy_TE, 1 / num_experts, k)
@@ -226,7 +234,6 @@ ROUTERS = {
         "load probabilities by hand and by drawing noise again",
         columns=_columns,
         weights=zeros,
-        draws=True,
     ),
     "hierarchical": RouterSpec(
         hierarchical,
@@ -237,7 +244,6 @@ ROUTERS = {
         "two levels written out by loops",
         columns=_hierarchical_columns,
         weights=zeros,
-        draws=True,
     ),
     "vmoe": RouterSpec(
         vmoe,
@@ -246,6 +252,5 @@ ROUTERS = {
         "importance, load losses",
         "Riquelme et al. 2021, 2106.05974",
         "V-MoE test values",
-        draws=True,
     ),
 }

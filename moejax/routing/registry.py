@@ -1,10 +1,9 @@
-"""`ROUTERS`: the catalogue by name, and `make_router`, which turns a name or a function into a
-`Router`."""
+"""`ROUTERS`: the catalogue by name, and `make_router`: a name, function or spec to a `Router`."""
 
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from moejax.names import did_you_mean
 from moejax.routing import (
@@ -47,7 +46,7 @@ class Router(NamedTuple):
       init: LayerSize -> state of one layer, or None.
       update: (state, MoeStats) -> state, both with a leading layer axis.
       columns: E -> how many further projections of a token it looks at.
-      spec: the catalogue entry, None for a user's own function.
+      spec: what is said of it, None for a user's own function without one.
       order: who goes first when an expert is full: see `token_choice`.
     """
 
@@ -59,9 +58,12 @@ class Router(NamedTuple):
     order: str = "k_major"
 
 
-def hyperparameters(router: str | RouterFn) -> dict[str, Any]:
-    """The options of a router by name, or of a function, with their defaults, as a config shows
-    them.
+AnyRouter = str | RouterFn | RouterSpec
+
+
+def hyperparameters(router: AnyRouter) -> dict[str, Any]:
+    """The options of a router by name, or of a function or spec, with their defaults, as a config
+    shows them.
 
     Raises:
       ValueError: unknown router.
@@ -72,11 +74,12 @@ def hyperparameters(router: str | RouterFn) -> dict[str, Any]:
     return options
 
 
-def make_router(router: str | RouterFn, options: Mapping[str, Any] | None = None) -> Router:
-    """A `Router` from a name in ROUTERS, or from a function of one RouterInput.
+def make_router(router: AnyRouter, options: Mapping[str, Any] | None = None) -> Router:
+    """A `Router` from a name in ROUTERS, from a function of one RouterInput, or from a spec.
 
     Args:
-      router: 'switch', ..., or a function (RouterInput, *, hyper-parameters) -> Routing.
+      router: 'switch', ...; a function (RouterInput, *, hyper-parameters) -> Routing; or a
+        `RouterSpec`, which may have a state and says who chooses.
       options: hyper-parameters of the route and of its state, by name.
 
     Raises:
@@ -87,7 +90,7 @@ def make_router(router: str | RouterFn, options: Mapping[str, Any] | None = None
     for name in options:
         if name not in known:
             hint = did_you_mean(name, known)
-            raise ValueError(f"router {_name(router)} has no option {name!r}{hint}")
+            raise ValueError(f"router {router_name(router)} has no option {name!r}{hint}")
 
     def bound(part: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
         function = functions.get(part, otherwise)
@@ -99,18 +102,34 @@ def make_router(router: str | RouterFn, options: Mapping[str, Any] | None = None
         init=bound("init", lambda size: None),
         update=bound("update", lambda state, stats: state),
         columns=bound("columns", lambda experts: 0),
-        spec=None if callable(router) else ROUTERS[router],
+        spec=_spec(router),
         order=(known | options).get("order", "k_major"),
     )
 
 
-def _functions(router: str | RouterFn) -> dict[str, Callable[..., Any]]:
-    """The functions of a router that take hyper-parameters."""
-    if callable(router):
-        return {"route": router}
+def router_name(router: AnyRouter) -> str:
+    """How a router is called where it must be named."""
+    if isinstance(router, str):
+        return router
+    function = router.route if isinstance(router, RouterSpec) else router
+    return getattr(function, "__name__", repr(function))
+
+
+def _spec(router: AnyRouter) -> RouterSpec | None:
+    if isinstance(router, RouterSpec):
+        return router
+    if not isinstance(router, str):
+        return None
     if router not in ROUTERS:
         raise ValueError(f"unknown router {router!r}{did_you_mean(router, ROUTERS)}")
-    spec = ROUTERS[router]
+    return ROUTERS[router]
+
+
+def _functions(router: AnyRouter) -> dict[str, Callable[..., Any]]:
+    """The functions of a router that take hyper-parameters."""
+    spec = _spec(router)
+    if spec is None:
+        return {"route": cast(RouterFn, router)}
     parts = {part: getattr(spec, part) for part in ("route", "init", "update", "columns")}
     return {part: function for part, function in parts.items() if function is not None}
 
@@ -118,7 +137,3 @@ def _functions(router: str | RouterFn) -> dict[str, Callable[..., Any]]:
 def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-def _name(router: str | RouterFn) -> str:
-    return router if isinstance(router, str) else getattr(router, "__name__", repr(router))

@@ -1,4 +1,4 @@
-"""`RouterSpec`: a router's entry in the catalogue, and what its state may be sized by."""
+"""`RouterSpec`: all there is to say of a router, and what its state may be sized by."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,9 +26,14 @@ class LayerSize(NamedTuple):
 class RouterSpec(NamedTuple):
     """A catalogue entry: the pure function, what it needs, and what a reader asks first.
 
+    A user's own spec stands wherever a router's name does: it gives a function a state, further
+    projections, or the word that its tokens choose alone.
+
     Attributes:
       route: (RouterInput, *, hyper-parameters) -> Routing.
-      chooses: 'token', 'expert' or 'batch' (an assignment of all tokens): who picks whom.
+      chooses: 'token', 'expert' or 'batch' (an assignment of all tokens): who picks whom. Where a
+        token's experts depend on no other token, 'token' lets each device of a mesh ask about its
+        own tokens only; a function without a spec is asked about the whole batch.
       weight: the score, and whether it is raw or renormalised.
       balance: the loss or the state that keeps the load even.
       paper: where it is from.
@@ -39,21 +44,18 @@ class RouterSpec(NamedTuple):
       columns: (E, *, hyper-parameters) -> X, how many further projections of a token the router
         looks at (`RouterInput.extra_TX`); None = none.
       every_expert: training computes all E experts for each token, or does at first.
-      draws: in training it draws noise for its tokens together, so that a token's choice depends on
-        how many there are.
       weights: (key, shape) -> initial weights of the router's projections; None = the model's own
         initialisation.
     """
 
     route: Callable[..., Routing]
     chooses: str
-    weight: str
-    balance: str
-    paper: str
-    checked: str
+    weight: str = ""
+    balance: str = ""
+    paper: str = ""
+    checked: str = ""
     init: Callable[..., Any] | None = None
     update: Callable[..., Any] | None = None
     columns: Callable[..., int] | None = None
     every_expert: bool = False
-    draws: bool = False
     weights: Callable[[jax.Array, tuple[int, ...]], jax.Array] | None = None

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.routing.spec import RouterSpec
-from moejax.routing.types import RouterInput, Routing, token_choice
+from moejax.routing.types import RouterInput, Routing, token_choice, token_noise
 
 
 def switch(r: RouterInput, *, k: int = 1) -> Routing:
@@ -69,7 +69,7 @@ def gshard_top2(r: RouterInput, *, k: int = 2, second: str = "random") -> Routin
     weight_TK, expert_TK = jax.lax.top_k(probs_TE, 2)
     weight_TK = weight_TK / weight_TK.sum(-1, keepdims=True)
     if second == "random" and r.key is not None:
-        coin_T = jax.random.uniform(r.key, expert_TK.shape[:1])
+        coin_T = token_noise(r, jax.random.uniform)
         refused_T = coin_T >= 2.0 * weight_TK[:, 1]
         expert_TK = expert_TK.at[:, 1].set(
             jnp.where(refused_T, probs_TE.shape[-1], expert_TK[:, 1])
@@ -114,7 +114,6 @@ ROUTERS = {
         "load_balance_top1 loss",
         "Lepikhin et al. 2020, 2006.16668",
         "praxis and flaxformer test values",
-        draws=True,
     ),
     "topk": RouterSpec(
         topk,

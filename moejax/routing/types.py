@@ -18,7 +18,9 @@ class RouterInput(NamedTuple):
     Attributes:
       logits_TE: float32, the router's matmul over the token's vector.
       valid_T: bool, True = a real token. Others get no expert, no capacity, no loss, no load.
-      key: a PRNG key in training, None in evaluation; None means no noise.
+      key: in training PRNG keys [T], so that a token's noise is the same however the batch is cut
+        and wherever it lies; or one key for all, split among them. None in evaluation: no noise.
+        Draw with `token_noise`.
       state: what the router carries between steps (`loss_free`: bias_E), None for most.
       token_T: int32 vocabulary ids, for routers that hash them.
       next_T: int32, the id that follows in the sequence (the last one's own id), for controls that
@@ -77,6 +79,20 @@ class Routing(NamedTuple):
 
 
 RouterFn = Callable[[RouterInput], Routing]
+
+
+def token_keys(key: jax.Array, num_tokens: int) -> jax.Array:
+    """PRNG keys [T]: as they are, or split from one."""
+    return key if key.ndim else jax.random.split(key, num_tokens)
+
+
+def token_noise(r: RouterInput, draw: Callable[[jax.Array], Any]) -> Any:
+    """What `draw` makes of each token's own key, stacked: arrays [T, ...].
+
+    As in token_noise(r, lambda key: jax.random.normal(key, (num_experts,))). `r.key` is not None.
+    """
+    assert r.key is not None
+    return jax.vmap(draw)(token_keys(r.key, r.logits_TE.shape[0]))
 
 
 def token_choice(

@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from moejax.config import Config
+from moejax.routing import RouterSpec
 from moejax.training.state import TrainState
 
 # Keys that may change between two attempts at one run: they do not touch the numbers.
@@ -163,7 +164,10 @@ def claim(workdir: Path, config: Config) -> None:
 
 def written_config(config: Config) -> dict[str, Any]:
     """A config as config.json holds it: plain values, functions by their names."""
-    return json.loads(json.dumps(config.to_dict(), default=_function_name))
+    tree = config.to_dict()
+    if isinstance(tree["router"]["name"], RouterSpec):  # a tuple, which JSON would take apart
+        tree["router"]["name"] = tree["router"]["name"].route
+    return json.loads(json.dumps(tree, default=_function_name))
 
 
 def _check_same(path: Path, config: Config) -> None:

@@ -61,9 +61,9 @@ def loss_fn(
     parts = config.train.accumulation
 
     def microbatch(_: None, xs: tuple[Batch, jax.Array]) -> tuple[None, tuple[Sums, Any]]:
-        rows, part_key = xs
+        rows, key_B = xs
         record = config.train.trace_every > 0
-        nll_BS, stats = forward(params, router_state, rows, part_key, graph, record)
+        nll_BS, stats = forward(params, router_state, rows, key_B, graph, record)
         decisions = None
         if stats is not None:
             decisions, stats = stats.decisions, stats._replace(decisions=None)
@@ -71,9 +71,11 @@ def loss_fn(
             decisions = decisions._replace(scores_TE=None)
         return None, (Sums(nll_BS.sum(), rows.valid_BS.sum(dtype=jnp.int32), stats), decisions)
 
-    rows = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
+    # A key for each row: its noise is the same in any microbatch.
+    given = batch, jax.random.split(key, batch.tokens_BS.shape[0])
+    given = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), given)
     body = jax.checkpoint(microbatch) if parts > 1 else microbatch
-    _, (sums, decisions) = jax.lax.scan(body, None, (rows, jax.random.split(key, parts)))
+    _, (sums, decisions) = jax.lax.scan(body, None, given)
     sums = jax.tree.map(lambda a: a.sum(0), sums)
 
     cross_entropy = sums.nll / jnp.maximum(sums.tokens, 1)

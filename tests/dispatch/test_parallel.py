@@ -16,7 +16,15 @@ from moejax.moe import MoeOptions, MoeParams, moe
 from moejax.planning.collectives import collectives
 from moejax.planning.hlo import parse
 from moejax.planning.loops import runs
-from moejax.routing import ROUTERS, LayerSize, RouterInput, Routing, make_router, token_choice
+from moejax.routing import (
+    ROUTERS,
+    LayerSize,
+    RouterInput,
+    RouterSpec,
+    Routing,
+    make_router,
+    token_choice,
+)
 from moejax.sharding import BATCH_AXES, SHARDINGS, make_mesh
 
 ROWS, LENGTH, DIM, FFN, EXPERTS = 8, 6, 8, 12, 8
@@ -48,6 +56,13 @@ def best_of_the_batch(r: RouterInput) -> Routing:
     return token_choice(r, expert_TK, weight_TK, scores_TE)
 
 
+def best(r: RouterInput) -> Routing:
+    """A user's own router, whose tokens choose alone: its spec says so."""
+    scores_TE = jax.nn.sigmoid(r.logits_TE)
+    weight_TK, expert_TK = jax.lax.top_k(scores_TE, 2)
+    return token_choice(r, expert_TK, weight_TK, scores_TE)
+
+
 COVERED = {router for router, *_ in CASES.values()}
 EVERY = [name for name in ROUTERS if name not in COVERED]
 # With a capacity that binds across devices: who is first is decided in the whole batch.
@@ -57,6 +72,7 @@ CASES |= {
     "batch priority": ("topk", {"order": "bpr"}, "gather", 0.75, "batch"),
     "noise in sequences": ("gshard_top2", {}, "gather", 0.75, "sequence"),
     "a function": (best_of_the_batch, {}, "dropless", 0.75, "batch"),
+    "a spec": (RouterSpec(best, "token"), {}, "dropless", None, "batch"),
 }
 
 
@@ -185,6 +201,11 @@ def test_the_budget_of_collectives() -> None:
         gathered = [size for kind, axes, size in talk(name, "expert=8") if kind == "all-gather"]
         counts = 8 * 2 * EXPERTS * 4
         assert (counts in gathered) == (name == "top-2 with a capacity")
+    # A user's router too, if its spec says that tokens choose alone: else logits are gathered.
+    logits = ROWS * LENGTH * EXPERTS * 4
+    for name, local in (("a spec", True), ("a function", False)):
+        gathered = [size for kind, _, size in talk(name, "expert=8") if kind == "all-gather"]
+        assert (logits in gathered) != local
 
 
 def test_a_group_across_devices_has_no_buffers() -> None:

@@ -159,7 +159,7 @@ def test_jitter_is_a_factor_near_one_for_each_feature() -> None:
     assert 0.5 <= logits_TE.min() < 0.51 and 1.49 < logits_TE.max() <= 1.5
     assert logits_TE.mean() == pytest.approx(1.0, abs=0.02)
     assert logits_TE.std() == pytest.approx(12**-0.5, rel=0.05)
-    assert noisy.key is not key  # the router's own noise is drawn from another key
+    assert noisy.key.shape == (100,)  # one for each token
 
 
 # In someone else's model.

@@ -22,7 +22,7 @@ def looped(config: Config, params: Any, token_BS: jax.Array, key: Any, state_LE:
     keys = (
         [None] * config.moe_layers
         if key is None
-        else list(jax.random.split(key, config.moe_layers))
+        else list(model._layer_keys(jax.random.split(key, token_BS.shape[0])))
     )
     stats, moe = [], 0
     for unit in model.stacks:

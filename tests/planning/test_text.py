@@ -66,6 +66,25 @@ def test_loops():
     assert opaque.unknown == ("loop",) and opaque.times["body"] == 1
 
 
+def test_what_another_core_of_the_chip_is_given_is_counted():
+    """TPU7x starts exchanges by `call-start`, whose computation `to_apply` names."""
+    text = """
+%sent (q: f32[8,16]) -> f32[8,16] {
+  %q = f32[8,16]{1,0} parameter(0)
+  ROOT %z = f32[8,16]{1,0} all-to-all(%q), replica_groups={{0,1},{2,3}}, dimensions={0}
+}
+
+ENTRY %main (p: f32[8,16]) -> f32[8,16] {
+  %p = f32[8,16]{1,0} parameter(0)
+  %go = ((f32[8,16]{1,0}), f32[8,16]{1,0}, u32[]) call-start(%p), async_execution_thread="sparsecore", to_apply=%sent
+  ROOT %end = f32[8,16]{1,0} call-done(%go)
+}
+"""  # noqa: E501
+    module = parse(text)
+    (found,) = collectives(module, runs(module), {"data": 2, "expert": 2})
+    assert (found.kind, found.axes, found.times, found.bytes) == ("all-to-all", "expert", 1, ARRAY)
+
+
 def test_flops():
     assert count_flops(MODULE, TIMES).total == 5 * 2 * 8 * 16 * 16
 

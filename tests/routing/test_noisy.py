@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from moejax.dispatch import make_plan
-from moejax.routing import MoeStats, RouterInput, Routing, combine_TE, moe_stats
+from moejax.routing import (
+    MoeStats,
+    RouterInput,
+    Routing,
+    combine_TE,
+    moe_stats,
+    token_noise,
+)
 from moejax.routing.balance import BALANCE_LOSSES, squared_cv
 from moejax.routing.noisy import (
     ROUTERS,
@@ -73,7 +80,9 @@ def test_weights_importance_and_load_in_training() -> None:
     r = RouterInput(normal(9, 5), valid_T, KEY, extra_TX=normal(9, 5))
     routing = noisy_topk(r, k=3)
     std_TE = np.log1p(np.exp(r.extra_TX))
-    noisy_TE = np.asarray(r.logits_TE + jax.random.normal(KEY, (9, 5)) * std_TE)
+    noisy_TE = np.asarray(
+        r.logits_TE + token_noise(r, lambda key: jax.random.normal(key, (5,))) * std_TE
+    )
     load_E, importance_E = np.zeros(5), np.zeros(5)
     for t in np.flatnonzero(valid_T):
         best = np.argsort(-noisy_TE[t])[:3]
@@ -216,9 +225,10 @@ def test_vmoe_noise_moves_choices_and_weights_and_not_the_importance() -> None:
     noise_TE = moved_TE - moved_TE.mean(1, keepdims=True)
     # Noise of standard deviation 1/4, less its mean over four experts: sqrt(3/4) / 4.
     assert np.std(noise_TE) == pytest.approx(0.75**0.5 / 4, rel=0.02)
+    unit_TE = token_noise(r, lambda key: jax.random.normal(key, (4,)))
     np.testing.assert_allclose(
         vmoe(r).sums["load_E"],
-        chance_above(logits_TE, logits_TE + jax.random.normal(KEY, (4000, 4)) / 4, 0.25, 2).sum(0),
+        chance_above(logits_TE, logits_TE + unit_TE / 4, 0.25, 2).sum(0),
         rtol=1e-5,
     )
 

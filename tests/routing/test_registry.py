@@ -10,6 +10,7 @@ from moejax.routing import (
     ROUTERS,
     LayerSize,
     RouterInput,
+    RouterSpec,
     Routing,
     hyperparameters,
     make_router,
@@ -54,6 +55,24 @@ def test_state_rule_takes_its_own_options_only() -> None:
     # s + b = (.5 - .5, .73 + .5, .88): expert 1, and only it.
     assert router.route(R._replace(state=bias_E)).expert_N.tolist() == [1]
     assert make_router("topk").update("anything", jnp.zeros(3)) == "anything"
+
+
+def test_a_spec_is_a_router_with_a_state() -> None:
+    def zeros(size: LayerSize) -> jax.Array:
+        return jnp.zeros(size.experts)
+
+    def count(state: jax.Array, stats: object, *, rate: float = 1.0) -> jax.Array:
+        return state + rate * stats.load_E
+
+    mine = RouterSpec(nearest, "token", init=zeros, update=count)
+    assert hyperparameters(mine) == {"k": 1, "sharpness": 1.0, "rate": 1.0}
+    router = make_router(mine, {"k": 2, "rate": 0.5})
+    assert router.spec is mine
+    assert router.route(R).expert_N.tolist() == [2, 1]
+    loads = types.SimpleNamespace(load_E=jnp.asarray([[6, 0, 3]]))
+    assert router.update(router.init(LayerSize(3))[None], loads).tolist() == [[3.0, 0.0, 1.5]]
+    with pytest.raises(ValueError, match="router nearest has no option 'rat'; did you mean 'rate'"):
+        make_router(mine, {"rat": 2})
 
 
 def test_a_function_is_a_router() -> None:
