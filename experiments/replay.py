@@ -1,7 +1,7 @@
 r"""Replay: does a model need its own router, or would another run's choices do as well?
 
     moejax train --config=experiments/loss_free.py:smoke --workdir=/tmp/a \
-        --config.train.record_routing=True
+        --config.train.trace_every=1
     moejax train --config=experiments/replay.py:smoke --workdir=/tmp/b \
         --config.train.replay=/tmp/a --config.train.seed=1
 

@@ -16,7 +16,7 @@ from moejax.dispatch import (
     mesh_shards,
     route_and_plan,
 )
-from moejax.dispatch.local import per_token
+from moejax.dispatch.local import per_token, tokens_choose
 from moejax.routing import (
     Decisions,
     MoeStats,
@@ -131,8 +131,8 @@ def _layer(
         y_TD = (y_TD + routing.rest_TD).astype(x_TD.dtype)
     stats = shards.total(moe_stats(r, routing, plan, output_ED, sequences))
     if record:
-        most = per_token(options.router, routing)
-        stats = stats._replace(decisions=_decisions(routing, plan, x_BSD.shape, most))
+        width = per_token(options.router, routing) if tokens_choose(options.router) else 0
+        stats = stats._replace(decisions=_decisions(routing, plan, x_BSD.shape, width))
     return y_TD.reshape(x_BSD.shape), stats
 
 
@@ -143,10 +143,10 @@ def spread_dispatch(options: MoeOptions) -> str:
     return "dropless" if options.dispatch == "gather" and across else options.dispatch
 
 
-def _decisions(routing: Routing, plan: Plan, shape: tuple[int, ...], most: int) -> Decisions:
-    """The routing by token, arrays [B, S, ...]; R = `most`."""
+def _decisions(routing: Routing, plan: Plan, shape: tuple[int, ...], width: int) -> Decisions:
+    """The routing by token, arrays [B, S, ...]."""
     kept_N = plan.expert_N < routing.scores_TE.shape[-1]
-    by_token = decisions(routing, kept_N, most)
+    by_token = decisions(routing, kept_N, width)
     return jax.tree.map(lambda a: a.reshape(*shape[:2], *a.shape[1:]), by_token)
 
 

@@ -355,7 +355,7 @@ def test_train_records_a_routing_and_replays_it(moejax, experiment, tmp_path):
     replaying = experiment.with_name("replaying.py")
     router = '"router.name": "replay", "router.weight": "softmax"'
     replaying.write_text(EXPERIMENT.replace('"router.name": "switch"', router))
-    record = "--config.train.record_routing=True"
+    record = "--config.train.trace_every=1"
     code, _, err = moejax("train", experiment, f"--workdir={tmp_path}/a", record)
     assert code == 0, err
     flag = f"--config.train.replay={tmp_path}/a"
@@ -367,9 +367,9 @@ def test_train_records_a_routing_and_replays_it(moejax, experiment, tmp_path):
     )
     assert first == pytest.approx(second, rel=1e-6)
     answer = moejax("train", replaying, f"--workdir={tmp_path}/no", f"{flag}/none")
-    assert_refused(answer, "holds no recorded routing")
+    assert_refused(answer, "holds no trace; train that run with train.trace_every=1")
     answer = moejax("train", replaying, f"--workdir={tmp_path}/no", flag, "--config.moe.experts=8")
-    assert_refused(answer, "recorded with moe.experts=4, this run has 8")
+    assert_refused(answer, "traced with moe.experts=4, this run has 8")
     assert not (tmp_path / "no").exists()
 
 

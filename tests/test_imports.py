@@ -94,6 +94,10 @@ def test_data_stands_alone() -> None:
     assert not offenders("moejax.data", "moejax", allowed=allowed)
 
 
+def test_traces_need_numpy_alone() -> None:
+    assert not offenders("moejax.tracing", "moejax", "jax", allowed=("moejax.tracing",))
+
+
 def test_configuration_builds_no_model() -> None:
     assert not offenders("moejax.config", "flax", "moejax.model", "moejax.training")
 

@@ -71,8 +71,8 @@ class Config:
             f"model.query_block={self.model.query_block}",
         )
         require(
-            bool(self.moe.experts) or not self.train.record_routing,
-            "train.record_routing=True, but moe.experts=0 routes nothing",
+            bool(self.moe.experts) or not self.train.trace_every,
+            f"train.trace_every={self.train.trace_every}, but moe.experts=0 routes nothing",
         )
         require(
             not self.train.replay or self.router.name == "replay" or self.router.custom,
@@ -107,10 +107,8 @@ class Config:
                     f"moe.slots={moe.slots} (Soft MoE) is balanced by design: "
                     f"balance.{name}={weight} must be 0",
                 )
-            kept = self.train.record_routing or self.train.replay
-            require(
-                not kept, f"moe.slots={moe.slots} (Soft MoE) has no routing to record or replay"
-            )
+            kept = self.train.trace_every or self.train.replay
+            require(not kept, f"moe.slots={moe.slots} (Soft MoE) has no routing to trace or replay")
             return
         for groups in {moe.groups, moe.evaluation().groups}:
             try:  # what the router or a balance loss refuses, is refused here

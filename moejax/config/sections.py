@@ -284,9 +284,10 @@ class TrainConfig:
         Read at the first start only: see `moejax.training.upcycle`.
       upcycle_optimizer: carry its optimizer's moments too.
       upcycle_step: go on at its step, in the schedule and the data, instead of at step 0.
-      record_routing: write every training step's routing into WORKDIR/routing.
-      replay: the working directory of a run that did; the router `replay` follows its routing, on
-        its rows in its order.
+      trace_every: write the routing of every so many-th step, token by token, into WORKDIR/trace; 0
+        = none, 1 = all.
+      replay: the working directory of a run that wrote all; the router `replay` follows its
+        routing, on its rows in its order.
     """
 
     steps: int = 200
@@ -301,14 +302,14 @@ class TrainConfig:
     upcycle: str = ""
     upcycle_optimizer: bool = False
     upcycle_step: bool = False
-    record_routing: bool = False
+    trace_every: int = 0
     replay: str = ""
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulation", "log_every", "keep"):
             value = getattr(self, name)
             require(value >= 1, f"train.{name}={value} must be at least 1")
-        for name in ("eval_every", "checkpoint_every", "eval_rows", "seed"):
+        for name in ("eval_every", "checkpoint_every", "eval_rows", "seed", "trace_every"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}={value} must not be negative")
         for name in ("upcycle_optimizer", "upcycle_step"):

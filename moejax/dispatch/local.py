@@ -57,17 +57,20 @@ def is_local(router: Router, r: RouterInput, groups: str, capacity_factor: float
     """Whether each device can ask the router about its own tokens."""
     if groups == "sequence":
         return True
-    alone = router.spec is not None and router.spec.chooses == "token"
     # Batch priority compares tokens of all devices; otherwise their counts say who comes first.
     ordered = router.order != "bpr" or capacity_factor is None
-    return groups == "batch" and alone and ordered
+    return groups == "batch" and tokens_choose(router) and ordered
 
 
 def per_token(router: Router, routing: Routing) -> int:
     """How many assignments a token has at most: K where it chooses, else E."""
     num_tokens, num_experts = routing.scores_TE.shape
-    chooses = router.spec is not None and router.spec.chooses == "token"
-    return routing.token_N.shape[0] // num_tokens if chooses else num_experts
+    return routing.token_N.shape[0] // num_tokens if tokens_choose(router) else num_experts
+
+
+def tokens_choose(router: Router) -> bool:
+    """Whether each token is known to choose for itself, with choices 0 .. K - 1."""
+    return router.spec is not None and router.spec.chooses == "token"
 
 
 def mine(

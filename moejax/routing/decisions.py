@@ -37,34 +37,28 @@ class Decisions(NamedTuple):
 
 
 def decisions(routing: Routing, kept_N: jax.Array, width: int = 0) -> Decisions:
-    """A routing by token. A token's experts stand in the order of its choices, and where experts
-    chose it, by falling weight. What goes nowhere and what was computed for the gradient alone is
-    left out.
+    """A routing by token. What goes nowhere and what was computed for the gradient alone is left
+    out.
 
     Args:
       routing: of any router.
       kept_N: bool, which of its assignments found room.
-      width: R; 0 = E, which always suffices. Where every token makes K choices, K does. What does
-        not fit is lost.
+      width: R, where every token makes choices 0 .. R - 1: they stand in that order. 0 = tokens do
+        not choose: R = E, and a token's experts stand by falling weight.
     """
     num_tokens, num_experts = routing.scores_TE.shape
-    width = width or num_experts
     real_N = (routing.expert_N < num_experts) & (routing.choice_N >= 0)
     token_N = jnp.where(real_N, routing.token_N, num_tokens)
     weight_N = jax.lax.stop_gradient(routing.weight_N)
-    order_N = jnp.lexsort((-weight_N, routing.choice_N, token_N))
-    sorted_N = token_N[order_N]
-    size_T = jnp.zeros(num_tokens + 1, jnp.int32).at[token_N].add(1)
-    rank_N = jnp.arange(token_N.shape[0], dtype=jnp.int32) - (jnp.cumsum(size_T) - size_T)[sorted_N]
+    rank_N = routing.choice_N if width else _rank_by_weight(token_N, weight_N, num_tokens)
 
     def by_token(a_N: jax.Array, nothing: float) -> jax.Array:
-        empty_TR = jnp.full((num_tokens, width), nothing, a_N.dtype)
-        return empty_TR.at[sorted_N, rank_N].set(a_N[order_N], mode="drop")
+        empty_TR = jnp.full((num_tokens, width or num_experts), nothing, a_N.dtype)
+        return empty_TR.at[token_N, rank_N].set(a_N, mode="drop")
 
     scores_TE = jax.lax.stop_gradient(routing.scores_TE)
-    chosen_TE = (
-        jnp.zeros(scores_TE.shape, bool).at[token_N, routing.expert_N].set(True, mode="drop")
-    )
+    nobody_TE = jnp.zeros(scores_TE.shape, bool)
+    chosen_TE = nobody_TE.at[token_N, routing.expert_N].set(True, mode="drop")
     return Decisions(
         expert_TR=by_token(routing.expert_N, num_experts),
         weight_TR=by_token(weight_N, 0.0),
@@ -73,6 +67,15 @@ def decisions(routing: Routing, kept_N: jax.Array, width: int = 0) -> Decisions:
         margin_T=_margin(scores_TE, chosen_TE),
         scores_TE=scores_TE,
     )
+
+
+def _rank_by_weight(token_N: jax.Array, weight_N: jax.Array, num_tokens: int) -> jax.Array:
+    """How many assignments of the same token weigh more; of equal ones, those listed before."""
+    order_N = jnp.lexsort((-weight_N, token_N))
+    size_T = jnp.zeros(num_tokens + 1, jnp.int32).at[token_N].add(1)
+    start_N = (jnp.cumsum(size_T) - size_T)[token_N]
+    place_N = jnp.zeros_like(order_N).at[order_N].set(jnp.arange(order_N.shape[0]))
+    return place_N - start_N
 
 
 def _entropy(scores_TE: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from 0 in each, and the reader goes on counting.
 import dataclasses
 import json
 import logging
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -200,11 +201,8 @@ def open_trace(folder: Path | str) -> TraceFiles:
 
 def files_in(folder: Path) -> dict[tuple[int, int], Path]:
     """(first, last) -> file, in order; {} where there is no such folder."""
-    found = {}
-    for path in sorted(folder.glob("*-*.npz")):
-        first, last = path.stem.split("-")
-        found[int(first), int(last)] = path
-    return found
+    names = ((re.fullmatch(r"(\d+)-(\d+)", p.stem), p) for p in sorted(folder.glob("*.npz")))
+    return {(int(name[1]), int(name[2])): path for name, path in names if name}
 
 
 def _packed(parts: list[Part]) -> dict[str, np.ndarray]:

@@ -26,9 +26,9 @@ def trace_of_rows(meta: TraceMeta, batch: Any, decisions: Any, predicted_BS: Any
         a_BSL = np.moveaxis(np.asarray(a_LBS), 0, 2)
         return a_BSL[valid_BS].astype(dtype)
 
-    row_BS = np.broadcast_to(np.arange(rows)[:, None], valid_BS.shape)
-    # A document, or the part of it that is in a row: a pair (row, segment).
-    _, document_T = np.unique((row_BS * length + segment_BS)[valid_BS], return_inverse=True)
+    # A document, or the part of it that is in a row: a pair (row, segment). Neither ever falls.
+    part_T = (np.arange(rows)[:, None] * length + segment_BS)[valid_BS]
+    document_T = np.cumsum(np.diff(part_T, prepend=part_T[:1]) > 0)
     domain_BS = np.broadcast_to(np.asarray(batch.domain_B)[:, None], valid_BS.shape)
     return Trace(
         meta=meta,

@@ -125,9 +125,9 @@ class _Run:
         self.recording = recording
         self.seed = config.train.seed if recording is None else recording.seed
         self.recorder = None
-        if config.train.record_routing:
-            text, step = dataset.fingerprint, int(self.state.step)
-            self.recorder = first(Recorder, workdir, config, self.seed, text, step)
+        if config.train.trace_every:
+            step = int(self.state.step)
+            self.recorder = first(Recorder, workdir, config, dataset, self.seed, step)
         tokens = config.data.batch * config.data.sequence
         self.meter = Meter(tokens, tokens * program.size.flops, peak_flops(), saved["meter"])
         self.schedule = make_schedule(config.optimizer, config.train.steps)
@@ -158,10 +158,11 @@ class _Run:
         for step, (batch, position) in zip(range(start, last + 1), batches, strict=False):
             given: Any = batch
             if self.recording is not None:
-                given = ReplayBatch(*batch, self.recording.step(step, position, rows))
+                there = self.recording.step(step, position, rows, batch.valid_BS)
+                given = ReplayBatch(*batch, there)
             self.state, metrics = self.program.train_step(self.state, self.program.put(given))
             if self.recorder is not None:
-                self.recorder.add(step, position, metrics.pop("recorded"))
+                self.recorder.add(step, position, metrics.pop("traced"))
             self.log(self.meter.push(step, position, metrics))
             if _due(step, every.eval_every, last):
                 self.evaluate(step)

@@ -19,8 +19,9 @@ from moejax.data import Batch, DataConfig
 from moejax.model.size import Size, model_size
 from moejax.routing import Recorded
 from moejax.sharding import batch_sharding, check_batch, local_rows, make_mesh
+from moejax.tracing.schema import index_dtype
 from moejax.training.optimizer import make_optimizer
-from moejax.training.recording import ReplayBatch, index_dtype
+from moejax.training.recording import ReplayBatch
 from moejax.training.state import TrainState, init_state, make_graph, shardings
 from moejax.training.step import EvalSums, eval_step, train_step
 
@@ -92,7 +93,7 @@ def build_program(
         train=TrainConfig(
             steps=train.steps,
             accumulation=train.accumulation,
-            record_routing=train.record_routing,
+            trace_every=int(train.trace_every > 0),
         ),
     )
     where = devices or tuple(jax.devices())

@@ -1,11 +1,5 @@
-"""A run's routing on disk: WORKDIR/routing, one file for some steps, in constant memory.
+"""A training run's trace, WORKDIR/trace: written while it trains, and read to be replayed."""
 
-FIRST-LAST.npz holds the steps from FIRST to LAST: expert_NBLSR (uint8, or uint16 where there are
-more than 255 experts; E = none), weight_NBLSR (float32) and position_N, where in the data stream
-each step's rows end. meta.json says what a run must share to be given them.
-"""
-
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +7,11 @@ import jax
 import numpy as np
 
 from moejax.config import Config
-from moejax.routing import Recorded
+from moejax.data import Batch, TextDataset
+from moejax.routing import Decisions, Recorded
+from moejax.tracing import Part, TraceMeta, TraceWriter, open_trace, trace_of_rows
 
-STEPS_A_FILE = 16
+FOLDER = "trace"
 
 
 class ReplayBatch(NamedTuple):
@@ -33,13 +29,26 @@ class ReplayBatch(NamedTuple):
     recorded: Recorded
 
 
-def index_dtype(num_experts: int) -> Any:
-    """The smallest dtype that holds 0 .. E."""
-    return np.uint8 if num_experts <= 255 else np.uint16
+def trace_meta(config: Config, dataset: TextDataset) -> TraceMeta:
+    """What all parts of a run's trace share. Raises ValueError where no layer routes."""
+    moe = config.moe
+    if not moe.experts or moe.slots:
+        raise ValueError(
+            f"no layer of this model routes tokens to experts (moe.experts={moe.experts}, "
+            f"moe.slots={moe.slots}): there is nothing to trace"
+        )
+    first = moe.first_dense + moe.every - 1
+    return TraceMeta(
+        experts=moe.experts,
+        layers=tuple(range(first, config.model.layers, moe.every)),
+        domains=tuple(dataset.domains),
+        vocabulary=dataset.vocab_size,
+        tokenizer=dataset.tokenizer.identity,
+    )
 
 
 def _shared(config: Config) -> dict[str, int]:
-    """What a recording and its reader must agree on, besides the text."""
+    """What a trace and the run that replays it must agree on, besides the text."""
     return {
         "data.batch": config.data.batch,
         "data.sequence": config.data.sequence,
@@ -49,126 +58,126 @@ def _shared(config: Config) -> dict[str, int]:
 
 
 class Recorder:
-    """Writes the routing of each step. What is later than the newest checkpoint is made again."""
+    """Writes the trace of every `train.trace_every`-th step. What is later than the newest
+    checkpoint is made again."""
 
-    def __init__(self, workdir: Path, config: Config, seed: int, text: str, resume: int) -> None:
-        """seed: of the data's order; text: its fingerprint; resume: the step the run stands at."""
-        self._folder = workdir / "routing"
-        self._folder.mkdir(exist_ok=True)
-        for (first, _), path in _files(self._folder).items():
-            if first > resume:
-                path.unlink()
-        meta = {**_shared(config), "seed": seed, "text": text}
-        (self._folder / "meta.json").write_text(json.dumps(meta, indent=2))
-        self._first = 0
-        self._steps: list[tuple[int, Any]] = []
+    def __init__(
+        self, workdir: Path, config: Config, dataset: TextDataset, seed: int, resume: int
+    ) -> None:
+        """seed: of the data's order; resume: the step the run stands at."""
+        self._every, self._meta = config.train.trace_every, trace_meta(config, dataset)
+        self._writer = TraceWriter(
+            workdir / FOLDER,
+            self._meta,
+            every=self._every,
+            resume=resume,
+            extra={"shared": _shared(config), "seed": seed, "text": dataset.fingerprint},
+        )
+        self._pending: tuple[int, int, tuple[Batch, Decisions]] | None = None
 
-    def add(self, step: int, position: int, recorded: Recorded) -> None:
-        """Take a step's arrays [B, L, S, R], perhaps still being computed."""
-        if self._steps:  # the step before this one is done: off the device with it
-            before, arrays = self._steps[-1]
-            self._steps[-1] = before, jax.device_get(arrays)
-        else:
-            self._first = step
-        self._steps.append((position, recorded))
-        if len(self._steps) == STEPS_A_FILE:
-            self.flush()
+    def add(self, step: int, position: int, traced: tuple[Batch, Decisions]) -> None:
+        """Take a step's rows and decisions [L, B, S, ...], perhaps still being computed; write
+        those of the step before, which is done."""
+        self._settle()
+        if step % self._every == 0:
+            self._pending = step, position, traced
 
     def flush(self) -> None:
-        """Write the steps taken since the last file."""
-        if not self._steps:
+        """Write all that was taken."""
+        self._settle()
+        self._writer.flush()
+
+    def _settle(self) -> None:
+        if self._pending is None:
             return
-        arrays = [jax.device_get(recorded) for _, recorded in self._steps]
-        last = self._first + len(arrays) - 1
-        partial = self._folder / "partial"
-        with partial.open("wb") as file:
-            np.savez(
-                file,
-                expert_NBLSR=np.stack([a.expert_TR for a in arrays]),
-                weight_NBLSR=np.stack([a.weight_TR for a in arrays]),
-                position_N=np.array([position for position, _ in self._steps], np.int64),
-            )
-        partial.replace(self._folder / f"{self._first:08d}-{last:08d}.npz")
-        self._steps = []
+        (step, position, traced), self._pending = self._pending, None
+        batch, decisions = jax.device_get(traced)
+        tokens_B = batch.valid_BS.sum(1)
+        trace = trace_of_rows(self._meta, batch, decisions)
+        self._writer.add(Part(step, trace, tokens_B, position))
 
 
 class Recording:
-    """Reads what a Recorder wrote, one file at a time.
+    """Reads what a Recorder wrote, for a replay.
 
-    seed: of the recorded data's order. width: R.
+    seed: of the traced data's order. width: R.
     """
 
     def __init__(self, workdir: Path) -> None:
-        """Raises ValueError where the run in this folder recorded nothing."""
-        self._workdir, folder = workdir, workdir / "routing"
-        self._files = _files(folder) if folder.is_dir() else {}
-        if not self._files:
+        """Raises ValueError where the run in this folder was not traced at every step."""
+        self._workdir = workdir
+        try:
+            self._trace = open_trace(workdir / FOLDER)
+        except FileNotFoundError:
             raise ValueError(
-                f"train.replay={workdir} holds no recorded routing; train that run with "
-                "train.record_routing=True"
+                f"train.replay={workdir} holds no trace; train that run with train.trace_every=1"
+            ) from None
+        every = self._trace.every
+        if every != 1:
+            raise ValueError(
+                f"train.replay={workdir} was traced at one step in {every} (train.trace_every="
+                f"{every}); a replay needs all of them: train that run with train.trace_every=1"
             )
-        self._meta = json.loads((folder / "meta.json").read_text())
-        self.seed: int = self._meta["seed"]
-        self._span, self._arrays = (0, 0), self._load(next(iter(self._files.values())))
-        self.width: int = self._arrays["expert_NBLSR"].shape[-1]
+        self.seed: int = self._trace.info["seed"]
+        self.width: int = self._part(1).trace.expert_TLR.shape[-1]
 
     def check(self, config: Config) -> None:
         """Raises ValueError where a config has other sizes, or trains for more steps."""
         for what, mine in _shared(config).items():
-            if self._meta[what] != mine:
+            theirs = self._trace.info["shared"][what]
+            if theirs != mine:
                 raise ValueError(
-                    f"train.replay={self._workdir} was recorded with {what}={self._meta[what]}, "
-                    f"this run has {mine}"
+                    f"train.replay={self._workdir} was traced with {what}={theirs}, this run has "
+                    f"{mine}"
                 )
-        last = max(last for _, last in self._files)
-        if last < config.train.steps:
+        if self._trace.last < config.train.steps:
             raise ValueError(
-                f"train.replay={self._workdir} was recorded up to step {last}, this run has "
-                f"train.steps={config.train.steps}"
+                f"train.replay={self._workdir} was traced up to step {self._trace.last}, this run "
+                f"has train.steps={config.train.steps}"
             )
 
     def check_text(self, fingerprint: str) -> None:
-        """Raises ValueError where the recorded run read other text."""
-        if self._meta["text"] != fingerprint:
+        """Raises ValueError where the traced run read other text."""
+        theirs = self._trace.info["text"]
+        if theirs != fingerprint:
             raise ValueError(
-                f"train.replay={self._workdir} was recorded on text of fingerprint "
-                f"{self._meta['text']}, this run reads {fingerprint}"
+                f"train.replay={self._workdir} was traced on text of fingerprint {theirs}, this "
+                f"run reads {fingerprint}"
             )
 
-    def step(self, step: int, position: int, rows: slice | np.ndarray) -> Recorded:
-        """These rows of a step's arrays, [B, L, S, R].
+    def step(
+        self, step: int, position: int, rows: slice | np.ndarray, valid_BS: np.ndarray
+    ) -> Recorded:
+        """These rows of a step's routing, [B, L, S, R]. valid_BS: which of their tokens are real.
 
         Raises:
           ValueError: the step is missing, or its rows were others.
         """
-        if not self._span[0] <= step <= self._span[1]:
-            spans = [span for span in self._files if span[0] <= step <= span[1]]
-            if not spans:
-                raise ValueError(f"train.replay={self._workdir}: step {step} was not recorded")
-            self._span = spans[0]
-            self._arrays = self._load(self._files[self._span])
-        at = step - self._span[0]
-        there = int(self._arrays["position_N"][at])
-        if there != position:
+        part = self._part(step)
+        if part.position != position:
             raise ValueError(
-                f"train.replay={self._workdir}: step {step} was recorded on the rows that end at "
-                f"{there}, this run reads those that end at {position}"
+                f"train.replay={self._workdir}: step {step} was traced on the rows that end at "
+                f"{part.position}, this run reads those that end at {position}"
             )
-        arrays: tuple[Any, ...] = tuple(
-            self._arrays[name][at, rows] for name in ("expert_NBLSR", "weight_NBLSR")
-        )
+        mine = np.zeros(len(part.tokens_B), bool)
+        mine[rows] = True
+        mine_T = np.repeat(mine, part.tokens_B)
+        trace, shape = part.trace, valid_BS.shape
+        nowhere = trace.meta.experts
+
+        def in_rows(a_TLR: np.ndarray, nothing: int) -> np.ndarray:
+            a_BSLR = np.full((*shape, *a_TLR.shape[1:]), nothing, a_TLR.dtype)
+            a_BSLR[valid_BS] = a_TLR[mine_T]
+            return np.moveaxis(a_BSLR, 2, 1)
+
+        arrays: tuple[Any, Any] = (in_rows(trace.expert_TLR, nowhere), in_rows(trace.weight_TLR, 0))
         return Recorded(*arrays)
 
-    @staticmethod
-    def _load(path: Path) -> dict[str, np.ndarray]:
-        with np.load(path) as arrays:
-            return dict(arrays)
-
-
-def _files(folder: Path) -> dict[tuple[int, int], Path]:
-    """(first, last) -> file, in order."""
-    found = {}
-    for path in sorted(folder.glob("*-*.npz")):
-        first, last = path.stem.split("-")
-        found[int(first), int(last)] = path
-    return found
+    def _part(self, step: int) -> Part:
+        try:
+            return self._trace.part(step)
+        except KeyError:
+            problem = "was not traced"
+        except ValueError as error:
+            problem = f"cannot be read: {error}"
+        raise ValueError(f"train.replay={self._workdir}: step {step} {problem}")

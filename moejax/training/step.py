@@ -9,11 +9,11 @@ from flax import nnx
 
 from moejax.config import Config
 from moejax.data import Batch
-from moejax.routing import MoeStats, Recorded
+from moejax.routing import MoeStats
 from moejax.routing.balance import balance_losses
 from moejax.routing.metrics import figures
+from moejax.tracing.schema import index_dtype
 from moejax.training.cross_entropy import cross_entropy
-from moejax.training.recording import index_dtype
 from moejax.training.state import TrainState
 
 
@@ -62,19 +62,20 @@ def loss_fn(
 
     def microbatch(_: None, xs: tuple[Batch, jax.Array]) -> tuple[None, tuple[Sums, Any]]:
         rows, key_B = xs
-        record = config.train.record_routing
+        record = config.train.trace_every > 0
         nll_BS, stats = forward(params, router_state, rows, key_B, graph, record)
-        recorded = None
+        decisions = None
         if stats is not None:
             decisions, stats = stats.decisions, stats._replace(decisions=None)
-            recorded = None if decisions is None else decisions.recorded
-        return None, (Sums(nll_BS.sum(), rows.valid_BS.sum(dtype=jnp.int32), stats), recorded)
+        if decisions is not None:
+            decisions = decisions._replace(scores_TE=None)
+        return None, (Sums(nll_BS.sum(), rows.valid_BS.sum(dtype=jnp.int32), stats), decisions)
 
     # A key for each row: its noise is the same in any microbatch.
     given = batch, jax.random.split(key, batch.tokens_BS.shape[0])
     given = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), given)
     body = jax.checkpoint(microbatch) if parts > 1 else microbatch
-    _, (sums, recorded) = jax.lax.scan(body, None, given)
+    _, (sums, decisions) = jax.lax.scan(body, None, given)
     sums = jax.tree.map(lambda a: a.sum(0), sums)
 
     cross_entropy = sums.nll / jnp.maximum(sums.tokens, 1)
@@ -83,16 +84,18 @@ def loss_fn(
     loss = cross_entropy + sum(weights[name] * value for name, value in balance.items())
     routing = {} if sums.stats is None else figures(sums.stats)
     aux = {"loss": cross_entropy, "balance": balance, "stats": sums.stats, **routing}
-    if recorded is not None:
-        expert, weight = jax.tree.map(_by_row, recorded)
-        aux["recorded"] = Recorded(expert.astype(index_dtype(config.moe.experts)), weight)
+    if decisions is not None:
+        decisions = jax.tree.map(_by_row, decisions)
+        expert_LBSR = decisions.expert_TR.astype(index_dtype(config.moe.experts))
+        rows = Batch(*(getattr(batch, name) for name in Batch._fields))
+        aux["traced"] = rows, decisions._replace(expert_TR=expert_LBSR)
     return loss, aux
 
 
-def _by_row(a_PLBSR: jax.Array) -> jax.Array:
-    """What microbatches P recorded, as rows of the batch [B, L, S, R]."""
-    a_PBLSR = jnp.swapaxes(a_PLBSR, 1, 2)
-    return a_PBLSR.reshape(-1, *a_PBLSR.shape[2:])
+def _by_row(a_PLBS: jax.Array) -> jax.Array:
+    """Of microbatches P, [P, L, b, S, ...], to the rows of the batch, [L, B, S, ...]."""
+    a_LPBS = jnp.swapaxes(a_PLBS, 0, 1)
+    return a_LPBS.reshape(a_LPBS.shape[0], -1, *a_LPBS.shape[3:])
 
 
 def train_step(
@@ -107,8 +110,8 @@ def train_step(
 
     Returns:
       The next state, and metrics: loss (cross entropy, nats per token), balance (unweighted
-        losses), grad_norm, the routing `figures`, and with train.record_routing the routing
-        itself, recorded.
+        losses), grad_norm, the routing `figures`, and with train.trace_every what a trace is made
+        of: traced, the batch and its `Decisions` [L, B, S, ...].
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     gradient = jax.grad(loss_fn, has_aux=True)

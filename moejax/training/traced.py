@@ -2,20 +2,23 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.config import Config
-from moejax.data import Batch, TextDataset
+from moejax.data import Batch
 from moejax.model.transformer import logits
 from moejax.routing import Decisions
-from moejax.tracing import Trace, TraceMeta, concatenate, trace_of_rows
+from moejax.tracing import Part, Trace, TraceWriter, concatenate, trace_of_rows
+from moejax.training.recording import trace_meta
 from moejax.training.saved import SavedRun
 from moejax.training.state import make_graph
 
@@ -49,6 +52,27 @@ def traces(
         yield dataclasses.replace(trace, document_T=document_T)
 
 
+def write_trace(run: SavedRun, batches: Iterable[Batch], folder: Path) -> int:
+    """The trace of these batches, with the model's guesses, into a folder; read it with
+    `moejax.tracing.open_trace`. What trace was there is replaced. Returns its tokens.
+
+    Raises:
+      ValueError: no layer of the model routes.
+    """
+    writer, tokens = TraceWriter(folder, trace_meta(run.config, run.dataset)), 0
+    for number, trace in enumerate(traces(run, batches, predicted=True), start=1):
+        writer.add(Part(number, trace, np.array([len(trace)])))
+        tokens += len(trace)
+    writer.flush()
+    return tokens
+
+
+def validation_batches(run: SavedRun, rows: int = 0) -> Sequence[Batch]:
+    """The run's validation text as `traces` takes it; `rows` of it at most, 0 = all."""
+    program = run.program
+    return run.dataset.validation_batches(batch=program.batch, limit_rows=rows, share=program.rows)
+
+
 def trace_text(run: SavedRun, text: str, *, scores: bool = True) -> Trace:
     """The trace of a text of any length, with the model's guesses. It is cut into rows of the run's
     sequence length, and each begins anew: nothing before it is seen.
@@ -61,24 +85,6 @@ def trace_text(run: SavedRun, text: str, *, scores: bool = True) -> Trace:
     program = run.program
     batches = run.dataset.text_batches(text, batch=program.batch, share=program.rows)
     return concatenate(list(traces(run, batches, scores=scores, predicted=True)))
-
-
-def trace_meta(config: Config, dataset: TextDataset) -> TraceMeta:
-    """What all parts of a run's trace share. Raises ValueError where no layer routes."""
-    moe = config.moe
-    if not moe.experts or moe.slots:
-        raise ValueError(
-            f"no layer of this model routes tokens to experts (moe.experts={moe.experts}, "
-            f"moe.slots={moe.slots}): there is nothing to trace"
-        )
-    first = moe.first_dense + moe.every - 1
-    return TraceMeta(
-        experts=moe.experts,
-        layers=tuple(range(first, config.model.layers, moe.every)),
-        domains=tuple(dataset.domains),
-        vocabulary=dataset.vocab_size,
-        tokenizer=dataset.tokenizer.identity,
-    )
 
 
 @functools.lru_cache(maxsize=8)

@@ -21,14 +21,19 @@ ROUTING = Routing(
 KEPT_N = jnp.asarray([True, False, True, False, True])
 
 
-def test_the_experts_of_each_token() -> None:
-    got = decisions(ROUTING, KEPT_N)
-    assert got.expert_TR.tolist() == [[0, 2, 3], [3, 3, 3], [1, 3, 3]]
-    assert got.weight_TR.tolist() == [[0.25, 0.5, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
-    assert got.dropped_TR.tolist() == [[False] * 3, [False] * 3, [True, False, False]]
+def test_the_experts_that_each_token_chose() -> None:
+    got = decisions(ROUTING, KEPT_N, 2)
+    assert got.expert_TR.tolist() == [[0, 2], [3, 3], [1, 3]]
+    assert got.weight_TR.tolist() == [[0.25, 0.5], [0.0, 0.0], [1.0, 0.0]]
+    assert got.dropped_TR.tolist() == [[False, False], [False, False], [True, False]]
     assert got.recorded.expert_TR is got.expert_TR and got.recorded.weight_TR is got.weight_TR
-    # A width that does not suffice loses the later ones.
-    assert decisions(ROUTING, KEPT_N, 1).expert_TR.tolist() == [[0], [3], [1]]
+
+
+def test_where_tokens_do_not_choose_the_heaviest_stands_first() -> None:
+    got = decisions(ROUTING, KEPT_N)
+    assert got.expert_TR.tolist() == [[2, 0, 3], [3, 3, 3], [1, 3, 3]]
+    assert got.weight_TR.tolist() == [[0.5, 0.25, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
+    assert got.dropped_TR.tolist() == [[False] * 3, [False] * 3, [True, False, False]]
 
 
 def test_entropy_and_margin() -> None:

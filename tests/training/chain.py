@@ -19,7 +19,7 @@ def get_suite(scale: str) -> Suite:
         "sparse": {
             "router.name": "topk",
             "train.upcycle": f"{scale}/dense/seed0",
-            "train.record_routing": True,
+            "train.trace_every": 1,
         },
         "follower": {"router.name": "replay", "train.replay": f"{scale}/sparse/seed0"},
     }

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.tracing import concatenate
+from moejax.tracing import concatenate, open_trace
+from moejax.training.recording import trace_meta
 from moejax.training.saved import open_run
-from moejax.training.traced import trace_meta, trace_text, traces
+from moejax.training.traced import trace_text, traces, validation_batches, write_trace
 from tests import tiny
 
 
@@ -16,20 +17,14 @@ def run(finished):
     return open_run(finished[0], progress=False)
 
 
-def validation(run, rows: int = 16):
-    return run.dataset.validation_batches(
-        batch=run.program.batch, limit_rows=rows, share=run.program.rows
-    )
-
-
 @pytest.fixture(scope="module")
 def traced(run):
     """Two batches, of which the second has padded rows."""
-    return concatenate(list(traces(run, validation(run, 12), predicted=True)))
+    return concatenate(list(traces(run, validation_batches(run, 12), predicted=True)))
 
 
 def test_a_trace_holds_the_real_tokens_in_the_order_of_the_text(run, traced) -> None:
-    batches = validation(run, 12)
+    batches = validation_batches(run, 12)
     for name, rows in (("token_T", "tokens_BS"), ("target_T", "targets_BS")):
         want = [getattr(b, rows)[b.valid_BS] for b in batches]
         np.testing.assert_array_equal(getattr(traced, name), np.concatenate(want))
@@ -45,7 +40,7 @@ def test_a_trace_holds_the_real_tokens_in_the_order_of_the_text(run, traced) -> 
 
 
 def test_a_trace_counts_what_evaluation_counts(run, finished) -> None:
-    whole = concatenate(list(traces(run, validation(run))))
+    whole = concatenate(list(traces(run, validation_batches(run, 16))))
     assert len(whole) == finished[1]["eval"]["tokens"]
     load_LE = np.stack([np.bincount(whole.expert_TLR[:, i].ravel(), minlength=5) for i in (0, 1)])
     share_LE = load_LE[:, :4] / load_LE.sum(1, keepdims=True)
@@ -78,6 +73,14 @@ def test_a_text_is_traced_as_the_model_routes_it(run) -> None:
         (trace.scores_TLE, made.scores_TE, 1e-3),
     ):
         np.testing.assert_allclose(got[:32], jnp.swapaxes(want[:, 0], 0, 1), atol=tolerance)
+
+
+def test_a_written_trace_is_the_one_that_was_made(run, traced, tmp_path) -> None:
+    assert write_trace(run, validation_batches(run, 12), tmp_path) == len(traced)
+    there = open_trace(tmp_path)
+    assert there.last == 2 and there.meta == traced.meta
+    for name, column in there.read().columns():
+        np.testing.assert_array_equal(column, getattr(traced, name))
 
 
 def test_bad_input_is_one_line(run) -> None:
