@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -114,8 +116,8 @@ assert prices[einsum][-1] > 3 * prices[gather][-1] and prices[gather][-1] < 1.3
 # That depends on nothing but the loads: an expert with n assignments and C slots drops n - C. Loads
 # are never even, not even where tokens choose at random, and the smaller the group, the more uneven
 # they are. So there is a floor, `drop_floor`, below which no router can be expected to come without
-# arranging tokens among each other. The dots are real loads of 400 groups, the lines that floor; the
-# red ones are of logits that favour some experts.
+# arranging tokens among each other. The dots are the loads of 400 groups, the lines that floor; the
+# red dots are of logits that favour some experts.
 
 # %%
 T, GROUPS = 64, 400
