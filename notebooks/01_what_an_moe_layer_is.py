@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -19,8 +21,8 @@
 # for K. Here is one layer taken apart, one stage a cell, and put together again: the pieces give
 # what `moejax.MoE` gives, and what the obvious, wasteful formula gives.
 #
-# Names carry their axes: `x_TD` is an array of T tokens by D features, E are experts, K choices,
-# F the hidden width of an expert, N = T K assignments of tokens to experts.
+# Names carry their axes: `x_TD` is an array of T tokens by D features, E are experts, K choices, F
+# the hidden width of an expert, N = T K assignments of tokens to experts.
 
 # %%
 import jax
@@ -40,8 +42,8 @@ from moejax.reference import dense_moe
 #
 # A small transformer, its feed-forward networks replaced by E experts, two for each token. The
 # dashed line is a dense transformer whose one network is as wide as those two together. Parameters
-# grow with E. The operations that a token costs stay at the dense model's, but for the router's
-# D x E matrix: capacity is bought without paying for it at every token.
+# grow with E. The operations that a token costs stay at the dense model's, but for the router's D x
+# E matrix: capacity is bought without paying for it at every token.
 
 
 # %%
@@ -170,7 +172,7 @@ y_ND = jnp.concatenate(outputs)
 # ## 5. Combine: rows move back
 #
 # Every token gets the sum of its experts' outputs, each times its gate weight. That weight is also
-# the only way by which a gradient reaches the router: the choice itself has none.
+# the only way by which a gradient of the output reaches the router: the choice itself has none.
 
 # %%
 weighted_ND = plan.weight_N[order_N][:, None] * y_ND
@@ -207,6 +209,6 @@ print("tokens without any expert", stats.left_behind)
 assert (stats.load_E == plan.load_E).all() and int(stats.dropped_K.sum()) == 0
 
 # %% [markdown]
-# Next: [write a router of your own](02_prototype_a_router.ipynb), see
-# [what happens when nobody keeps the load even](03_balance_and_collapse.ipynb), or read
-# `moejax/moe.py`: the same stages, one line each.
+# Next: [write a router of your own](02_prototype_a_router.ipynb), see [what happens when nobody
+# keeps the load even](03_balance_and_collapse.ipynb), or read `moejax/moe.py`: the same stages, one
+# line each.

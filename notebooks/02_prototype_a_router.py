@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -157,7 +159,7 @@ ends = [records[-1]["loss"] for records in runs.values()]
 assert max(ends) < 3.2 and abs(ends[0] - ends[1]) < 0.15  # it learns as topk does
 
 # %% [markdown]
-# A minute of a tiny model shows that a router learns, not that it is better: for that, several
+# One seed of a tiny model shows that a router learns, not that it is better: for that, several
 # seeds and equal active parameters, there is `moejax compare`. To keep the router: put the function
 # into an experiment file (`config.router = router_config(top_p)`), and `moejax train` and `moejax
 # compare` take it from there.

@@ -207,9 +207,9 @@ panels[0].legend()
 plt.show()
 
 # %% [markdown]
-# `k_major` protects first choices at the price of second ones. `token_major` is fair to choices
-# and hard on whoever comes late, which in a sequence is always the same: the end. `bpr` drops what
-# the router is least sure of, so that a small capacity costs least.
+# `k_major` protects first choices at the price of second ones. `token_major` is fair to choices and
+# hard on whoever comes late, which in a sequence is always the same: the end. `bpr` drops what the
+# router is least sure of: its authors' way to get along with a small capacity.
 #
 # With two choices, all but `token_major` let later tokens push earlier ones out, which a causal
 # model must not do: [who leaks](05_who_leaks.ipynb).

@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -203,8 +205,8 @@ assert oracle.leaks and not honest.leaks
 # %% [markdown]
 # Expert choice leaks less, and that is what makes it treacherous. Here it is trained with experts
 # that pick from each sequence, and evaluated twice: as it was trained, and causally
-# (`eval_groups="position"`), as it would have to write. The difference is what the pool gave away.
-# It grows with training.
+# (`eval_groups="position"`), as it would have to write. The difference is what the pool gave away:
+# after so few steps a little.
 
 # %%
 pool_moe = {"groups": "sequence", "eval_groups": "position"}

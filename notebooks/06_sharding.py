@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -153,7 +155,7 @@ assert exchanges == {"forward": 2, "backward": 2}
 assert all(row["axes"] == "expert" for row in rows if row["kind"] == "all-to-all")
 
 # %% [markdown]
-# Who sends how many rows to whom? Sequence b lies on device b, experts 2i and 2i + 1 on the i-th
+# Who sends how much to whom? Sequence b lies on device b, experts 2i and 2i + 1 on the i-th
 # device of each row. So a token never leaves its row of the mesh: each row has all experts.
 
 # %%
@@ -170,7 +172,7 @@ image = axis.imshow(rows_XX, cmap="Blues")
 for place, count in np.ndenumerate(rows_XX):
     colour = "white" if count > 20 else "black"
     axis.text(place[1], place[0], count or "", color=colour, ha="center", va="center", fontsize=8)
-axis.set(xlabel="to device", ylabel="from device", title="rows that a layer moves")
+axis.set(xlabel="to device", ylabel="from device", title="assignments, before drops")
 figure.colorbar(image)
 plt.show()
 

@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -140,9 +142,9 @@ for name, p in pods.items():
 
 # %% [markdown]
 # Memory first: what fills a device, in percent of what it has. Weights and their gradients
-# (Switch-C and GShard, whose Adafactor keeps no moments), or what a large batch needs on its way
-# (the others): the one asks for more devices, the other for remat, accumulation or more cuts of the
-# batch.
+# (Switch-C and GShard, whose Adafactor keeps little besides), or what a large batch needs on its
+# way (the others): the one asks for more devices, the other for remat, accumulation or more cuts of
+# the batch.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.4), sharey=True, layout="constrained")
