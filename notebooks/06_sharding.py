@@ -6,7 +6,6 @@
 #       extension: .py
 #       format_name: percent
 #       format_version: '1.3'
-#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -160,22 +159,23 @@ assert all(row["axes"] == "expert" for row in rows if row["kind"] == "all-to-all
 
 # %%
 _, recorded = nnx.merge(graph, weights)(x_BSD, record=True)
-expert_BSK = np.asarray(recorded.recorded.expert_TR)
+expert_BSK = np.asarray(recorded.decisions.expert_TR)
+kept_BSK = (expert_BSK < 8) & ~np.asarray(recorded.decisions.dropped_TR)
 rows_XX = np.zeros((8, 8), int)
 for device in range(8):
     first = device - device % 4  # of its row of the mesh
-    chosen = expert_BSK[device].ravel()
-    np.add.at(rows_XX[device], first + chosen[chosen < 8] // 2, 1)
+    np.add.at(rows_XX[device], first + expert_BSK[device][kept_BSK[device]] // 2, 1)
 
 figure, axis = plt.subplots(figsize=(4.2, 3.6), layout="constrained")
 image = axis.imshow(rows_XX, cmap="Blues")
 for place, count in np.ndenumerate(rows_XX):
     colour = "white" if count > 20 else "black"
     axis.text(place[1], place[0], count or "", color=colour, ha="center", va="center", fontsize=8)
-axis.set(xlabel="to device", ylabel="from device", title="assignments, before drops")
+axis.set(xlabel="to device", ylabel="from device", title="rows that a layer moves")
 figure.colorbar(image)
 plt.show()
 
+assert rows_XX.sum() == int(np.asarray(stats.kept_E).sum())
 assert (rows_XX[:4, 4:] == 0).all() and (rows_XX[4:, :4] == 0).all()
 
 # %% [markdown]
