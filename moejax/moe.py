@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from moejax.dispatch import (
@@ -156,7 +157,8 @@ def router_input(
     if jitter and key is not None:
         key, noise = jax.random.split(key)
         x_TD = x_TD * jax.random.uniform(noise, x_TD.shape, minval=1 - jitter, maxval=1 + jitter)
-    r = RouterInput(_project(x_TD, p.w_router_DE), valid_BS.reshape(-1), key, state)
+    logits_TE = checkpoint_name(_project(x_TD, p.w_router_DE), "routing")
+    r = RouterInput(logits_TE, valid_BS.reshape(-1), key, state)
     if token_BS is not None:
         next_BS = jnp.concatenate([token_BS[:, 1:], token_BS[:, -1:]], axis=1)
         r = r._replace(token_T=token_BS.reshape(-1), next_T=next_BS.reshape(-1))

@@ -46,6 +46,6 @@ def mixtral_step(made: Config, vocab_size: int) -> Callable[[Any, Any], float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), made.optimizer.clip)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     return step

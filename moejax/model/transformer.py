@@ -12,6 +12,7 @@ from moejax.config import Config
 from moejax.model.latent import LatentAttention
 from moejax.model.layers import Attention, FeedForward, RMSNorm, attention_mask, initial
 from moejax.model.moe import MoE
+from moejax.model.remat import rematerialised
 from moejax.model.soft import SoftMoE
 from moejax.routing import MoeStats, Recorded
 from moejax.sharding import constrain
@@ -205,8 +206,7 @@ class Transformer(nnx.Module):
             x_BSD, stats = nnx.merge(graph, params)(x_BSD, context, key, state, recorded)
             return constrain(x_BSD, "x_BSD"), stats
 
-        if self.config.model.remat:
-            layer = jax.checkpoint(layer)
+        layer = rematerialised(layer, self.config.model.remat)
         return jax.lax.scan(layer, x_BSD, (params_L, per_layer))
 
     def _context(
