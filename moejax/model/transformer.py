@@ -20,6 +20,7 @@ from moejax.model.layers import (
     initial,
 )
 from moejax.model.moe import MoE
+from moejax.model.remat import rematerialised
 from moejax.model.soft import SoftMoE
 from moejax.routing import MoeStats, Recorded, token_keys
 from moejax.sharding import constrain
@@ -280,8 +281,7 @@ class Transformer(nnx.Module):
             x_BSD, stats, kept = nnx.merge(graph, params)(x_BSD, context, *mine)
             return constrain(x_BSD, "x_BSD"), (stats, kept)
 
-        if self.config.model.remat:
-            layer = jax.checkpoint(layer)
+        layer = rematerialised(layer, self.config.model.remat)
         return jax.lax.scan(layer, x_BSD, (params_L, per_layer))
 
     def _context(

@@ -56,7 +56,9 @@ def loss_fn(
 
     Microbatches are scanned *inside* the differentiated function, each rematerialised, and their
     sums added before any loss is formed. So a balance loss sees the loads of the global batch, and
-    accumulation changes memory, not the result.
+    accumulation changes memory, not the result. With model.remat each layer of a recomputed
+    microbatch is computed a third time: keeping its input instead, for all microbatches at once, is
+    the memory that accumulation saves.
     """
     parts = config.train.accumulation
 
