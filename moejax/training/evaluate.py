@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax.analysis.specialisation import by_domain, recovered, shuffled, specialisation
+from moejax.analysis.domains import by_domain, recovered, shuffled, specialisation
 from moejax.config import Config
 from moejax.data import TextDataset
 from moejax.routing.floors import max_vio_floor
@@ -70,9 +70,9 @@ def _by_domain(rows: RowLoads, domains: tuple[str, ...]) -> dict[str, Any]:
     load_GLE = by_domain(rows.load_BLE, rows.domain_B, len(domains))
     return {
         "load_domain": dict(zip(domains, load_GLE, strict=True)),
-        "specialisation": specialisation(load_GLE),
-        "specialisation_floor": shuffled(rows.load_BLE, rows.domain_B, len(domains)),
-        "recovered": recovered(load_GLE),
+        "specialisation": specialisation(load_GLE).mean(),
+        "specialisation_floor": shuffled(rows.load_BLE, rows.domain_B, len(domains)).mean(),
+        "recovered": recovered(load_GLE).max(),
     }
 
 
