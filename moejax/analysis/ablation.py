@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.routing import Router, RouterInput, Routing
-from moejax.routing.replay import record
+from moejax.routing.decisions import decisions
 
 NOTHING, CHOSEN, OTHER = -1, -2, -3  # beside ranks of choice, 0 = the best
 _LOW = -1e9  # of a logit that no score is left of; finite, for routers that compute with logits
@@ -51,8 +51,9 @@ def ablated(router: Router) -> Router:
 
 def _gone(routing: Routing, which: jax.Array) -> jax.Array:
     """The expert that each token does without, int32 [T]; E = none."""
-    num_tokens, num_experts = routing.scores_TE.shape
-    expert_TR = record(routing, num_tokens).expert_TR
+    num_experts = routing.scores_TE.shape[-1]
+    nothing_dropped_N = jnp.ones_like(routing.token_N, bool)
+    expert_TR = decisions(routing, nothing_dropped_N).expert_TR
     chosen_TE = (expert_TR[:, :, None] == jnp.arange(num_experts)[None, None]).any(1)
     # Without noise for the router there is no key: the same draw for every group of tokens.
     draw_TE = jax.random.uniform(jax.random.key(0), chosen_TE.shape)
