@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from moejax.analysis.counting import Measured
 from moejax.analyzing.subject import Analysed
@@ -47,7 +46,7 @@ def load_figure(found: Analysed) -> Figure:
     for panel, (name, load_LE) in zip(axes, loads.items(), strict=True):
         image = heat(panel, fair_share(load_LE))
         name_axes(panel, name, "expert", "layer")
-        _label_layers(panel, found)
+        _name_places(panel.set_yticks, [str(layer) for layer in found.measures.meta.layers])
     load_bar(figure, image, axes)
     return Figure(
         "load",
@@ -85,7 +84,7 @@ def domains_figure(found: Analysed) -> Figure | None:
     )
 
 
-def specialisation_figure(found: Analysed) -> Figure | None:
+def specialisation_figure(found: Analysed) -> Figure:
     names = ("domains", "vocabulary_input", "vocabulary_target", "vocabulary_predicted")
     return _beside_floors(
         *(found, "specialisation", "Specialisation by layer", names),
@@ -94,7 +93,7 @@ def specialisation_figure(found: Analysed) -> Figure | None:
     )
 
 
-def repetition_figure(found: Analysed) -> Figure | None:
+def repetition_figure(found: Analysed) -> Figure:
     return _beside_floors(
         *(found, "repetition", "Repetition by layer", ("repetition_first", "repetition_any")),
         "How often a token goes where the token before it went. What lies above the dotted line is "
@@ -107,8 +106,8 @@ def predictability_figure(found: Analysed) -> Figure | None:
         return None
     return _beside_floors(
         *(found, "predictability", "From layer to layer", ("predictability", "information")),
-        "What a layer's first choice says about the next layer's, marked at the lower of the two. "
-        "Left, how often a table made from half of the documents is right about the other half.",
+        "What a layer's first choice says about the next one's. Left, how often a table made from "
+        "half of the documents is right about the other half.",
     )
 
 
@@ -181,9 +180,9 @@ def ablation_figure(found: Analysed) -> Figure | None:
     for i, (name, label) in enumerate(kinds.items()):
         cost_L = np.array(ablation[f"{name}_layer"]) - whole
         colour, dash = (COLOURS[0], "o-") if i == 0 else (BASELINE_COLOUR, ("o--", "o:")[i - 1])
-        axes[0, 1].plot(layers, cost_L, dash, color=colour, label=label, ms=3)
+        axes[0, 1].plot(range(len(layers)), cost_L, dash, color=colour, label=label, ms=3)
     name_axes(axes[0, 1], "taken away in one layer", "layer", "more bits per byte")
-    axes[0, 1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    _name_places(axes[0, 1].set_xticks, [str(layer) for layer in layers])
     axes[0, 1].legend()
     return Figure(
         "ablation",
@@ -197,14 +196,13 @@ def ablation_figure(found: Analysed) -> Figure | None:
 
 def _beside_floors(
     found: Analysed, name: str, title: str, names: tuple[str, ...], caption: str
-) -> Figure | None:
+) -> Figure:
     """A panel a measure: its value by layer, chance dashed, the control dotted."""
-    figures = {n: f for n, f in found.measures.figures().items() if n in names and f.value.size}
-    if not figures:
-        return None
+    measured = found.measures.figures()
+    figures = {n: measured[n] for n in names if n in measured}
     figure, axes = canvas(1, len(figures), min(11, 1 + 3.2 * len(figures)), 3.2)
-    for panel, (n, measured) in zip(axes[0], figures.items(), strict=True):
-        _floors(panel, found.measures.meta.layers[: measured.value.size], measured)
+    for panel, (n, figured) in zip(axes[0], figures.items(), strict=True):
+        _floors(panel, found.measures.meta.layers, figured)
         name_axes(panel, TOLD[n][0], "layer", "")
     legend_above(figure, list(axes[0]))
     labels = ", ".join(TOLD[n][0] for n in figures)
@@ -214,12 +212,17 @@ def _beside_floors(
 
 
 def _floors(panel: Axes, layers: tuple[int, ...], measured: Measured) -> None:
-    panel.plot(layers, measured.value, "o-", color=COLOURS[0], label="measured", ms=3)
-    panel.plot(layers, measured.random, ".--", color=BASELINE_COLOUR, label="by chance", ms=3)
+    """Of each layer, or where a value is missing for the last one, of each step to the next."""
+    places = range(measured.value.size)
+    panel.plot(places, measured.value, "o-", color=COLOURS[0], label="measured", ms=3)
+    panel.plot(places, measured.random, ".--", color=BASELINE_COLOUR, label="by chance", ms=3)
     if measured.shuffled is not None:
-        panel.plot(layers, measured.shuffled, ".:", color=COLOURS[1], label="shuffled", ms=3)
+        panel.plot(places, measured.shuffled, ".:", color=COLOURS[1], label="shuffled", ms=3)
     panel.set_ylim(bottom=0)
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    names = [str(layer) for layer in layers]
+    if len(places) < len(layers):
+        names = [f"{a} → {b}" for a, b in zip(names[:-1], names[1:], strict=True)]
+    _name_places(panel.set_xticks, names)
 
 
 def _some_layers(found: Analysed) -> list[int]:
@@ -229,7 +232,7 @@ def _some_layers(found: Analysed) -> list[int]:
     return sorted({round(i * (layers - 1) / max(1, shown - 1)) for i in range(shown)})
 
 
-def _label_layers(panel: Axes, found: Analysed) -> None:
-    layers = found.measures.meta.layers
-    places = range(0, len(layers), math.ceil(len(layers) / 8))
-    panel.set_yticks(places, [str(layers[i]) for i in places])
+def _name_places(set_ticks: Callable[..., object], names: list[str]) -> None:
+    """Ticks at 0, 1, ..., at most eight of them named."""
+    places = range(0, len(names), max(1, math.ceil(len(names) / 8)))
+    set_ticks(places, [names[i] for i in places])

@@ -1,6 +1,6 @@
 """An analysis as tables: every figure beside its floor, then by layer, domain, checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -17,9 +17,15 @@ TOLD = {
         "specialisation by domain",
         "distance of a domain's shares of the experts from all",
     ),
-    "vocabulary_input": ("by input id", "share of a token's experts that its id has elsewhere"),
-    "vocabulary_target": ("by target id", "the same for the id that follows"),
-    "vocabulary_predicted": ("by predicted id", "the same for the model's best guess"),
+    "vocabulary_input": (
+        "specialisation by input id",
+        "share of a token's experts that its id has elsewhere",
+    ),
+    "vocabulary_target": ("specialisation by target id", "the same for the id that follows"),
+    "vocabulary_predicted": (
+        "specialisation by predicted id",
+        "the same for the model's best guess",
+    ),
     "coactivation": ("strongest partner", "of an expert's tokens, those that its partner has too"),
     "repetition_first": ("repeats first choice", "of the token before it in the document"),
     "repetition_any": ("repeats any expert", "at least one expert of the token before it"),
@@ -52,15 +58,16 @@ def measures_table(found: Analysed) -> Table:
         "Routing beside chance",
         (
             Column("measure"),
-            *(Column(name, "ratio") for name in ("mean over layers", "by chance", "shuffled")),
-            Column("lowest and highest layer"),
+            *(Column(name, "ratio") for name in ("mean", "by chance", "shuffled")),
+            Column("by layer"),
             Column("what it is", "prose"),
         ),
         tuple(rows),
         (
-            f"{load.tokens:,} tokens, {_mean(load.mean_size_L):.3g} of {load.experts} experts a "
-            "token. By chance: every token draws its experts uniformly. Shuffled: the same routing "
-            "with documents' labels, ids, partners or the order in the document dealt anew.",
+            f"Means over layers; {load.tokens:,} tokens, {_mean(load.mean_size_L):.3g} of "
+            f"{load.experts} experts a token. By chance: every token draws its experts uniformly. "
+            "Shuffled: the same routing with documents' labels, ids, partners or the order in the "
+            "document dealt anew.",
         ),
     )
 
@@ -74,8 +81,11 @@ def layers_table(found: Analysed) -> Table:
         **{"starved": load.starved(), "dropped": load.dropped()},
     }
     shown |= {
-        TOLD[name][0]: figures[name].value
-        for name in ("domains", "vocabulary_input", "repetition_first")
+        label: figures[name].value
+        for name, label in (
+            *(("domains", "by domain"), ("vocabulary_input", "by id")),
+            *(("coactivation", "partner"), ("repetition_first", "repeats")),
+        )
         if name in figures
     }
     rows: list[tuple[Cell, ...]] = [
@@ -83,7 +93,10 @@ def layers_table(found: Analysed) -> Table:
         for i, layer in enumerate(found.measures.meta.layers)
     ]
     columns = (Column("layer"), *(Column(name, "ratio") for name in shown))
-    note = "Starved: share of experts with less than 1 % of the mean load. Dropped: of assignments."
+    note = (
+        "Starved: share of experts with less than 1 % of the mean load. Dropped: of assignments. "
+        "The rest as above."
+    )
     return Table("layers", "By layer", columns, tuple(rows), (note,))
 
 
@@ -146,11 +159,11 @@ def favourites_tables(found: Analysed) -> list[Table]:
     vocabulary = found.measures.vocabulary["input"]
     if found.decode is None or not vocabulary.count_V.sum():
         return []
-    decode, last = found.decode, len(found.measures.meta.layers) - 1
+    last = len(found.measures.meta.layers) - 1
     rows = []
     for expert in range(found.measures.meta.experts):
         ids = vocabulary.favourites(last, expert, SHOWN_FAVOURITES, LEAST_OCCURRENCES)
-        text = "  ".join(f"{decode([v])!r} {100 * share:.0f} %" for v, share in ids)
+        text = ", ".join(f"{_shown(found.decode, v)} {100 * share:.0f} %" for v, share in ids)
         rows.append((str(expert), text or None))
     return [
         Table(
@@ -161,6 +174,12 @@ def favourites_tables(found: Analysed) -> list[Table]:
             (f"Input ids that occur at least {LEAST_OCCURRENCES} times.",),
         )
     ]
+
+
+def _shown(decode: Callable[[Iterable[int]], str], v: int) -> str:
+    """The text of an id; its number where it is a part of a character."""
+    text = decode([v])
+    return f"id {v}" if "\N{REPLACEMENT CHARACTER}" in text else repr(text)
 
 
 def _mean(a: np.ndarray) -> float:
