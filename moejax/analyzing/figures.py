@@ -96,8 +96,8 @@ def specialisation_figure(found: Analysed) -> Figure:
 def repetition_figure(found: Analysed) -> Figure:
     return _beside_floors(
         *(found, "repetition", "Repetition by layer", ("repetition_first", "repetition_any")),
-        "How often a token goes where the token before it went. What lies above the dotted line is "
-        "the order of the tokens; between dotted and dashed, that documents use few experts.",
+        "How often a token goes where the one before it went. Above the dotted line: the order of "
+        "the tokens. Between dotted and dashed: uneven loads, and documents that use few experts.",
     )
 
 

@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.analysis.ablation import CHOSEN, NOTHING, OTHER, Without, ablated
@@ -18,7 +18,7 @@ from moejax.data import Batch
 from moejax.model import MoE, Transformer
 from moejax.training.evaluate import bits_per_byte, total
 from moejax.training.saved import SavedRun
-from moejax.training.step import eval_step
+from moejax.training.step import EvalSums, eval_step
 
 RANKS = 4  # at most, of a router with many choices
 CONTROLS = {"chosen": CHOSEN, "other": OTHER}
@@ -42,7 +42,7 @@ def ablate(run: SavedRun, batches: Iterable[Batch]) -> dict[str, Any]:
     placed = [
         program.put(batch._replace(domain_B=np.zeros_like(batch.domain_B))) for batch in batches
     ]
-    step = _step(run)
+    step = _step(config, run.dataset.vocab_size, program.mesh)
 
     def cost(which_L: list[int]) -> float:
         state = Without(jnp.array(which_L, jnp.int32), run.state.router_state)
@@ -63,14 +63,14 @@ def _one_layer(which: int, layers: int) -> Iterator[list[int]]:
         yield [which if layer == each else NOTHING for each in range(layers)]
 
 
-def _step(run: SavedRun) -> Any:
+@functools.lru_cache(maxsize=8)
+def _step(config: Config, vocab_size: int, mesh: Mesh) -> Callable[..., EvalSums]:
     """The evaluation step of the model with its routers ablated; one program for all cases."""
-    mesh = run.program.mesh
-    graph = _ablated_graph(run.config, run.dataset.vocab_size)
+    graph = _ablated_graph(config, vocab_size)
     step = functools.partial(eval_step, graph=graph, domains=1)
     jitted = jax.jit(step, out_shardings=NamedSharding(mesh, P()))
 
-    def evaluate(*arguments: Any) -> Any:
+    def evaluate(*arguments: Any) -> EvalSums:
         with jax.set_mesh(mesh):
             return jitted(*arguments)
 

@@ -47,6 +47,19 @@ def test_it_measures_what_evaluation_evaluates(workdir, found):
     assert found.measures.load.tokens == record["tokens"]
 
 
+def test_an_expert_that_a_token_has_is_missed_and_no_other(found):
+    ablation = found.ablation
+    others = [ablation["other"], *ablation["other_layer"]]
+    assert others == pytest.approx([ablation["whole"]] * 3, rel=1e-6)
+    assert len(ablation["rank"]) == 2 and len(ablation["rank_0_layer"]) == 2
+    costs = [*ablation["rank"], *ablation["rank_0_layer"], ablation["chosen"]]
+    costs += ablation["chosen_layer"]
+    assert np.isfinite(costs).all()
+    assert (np.abs(np.array(costs) - ablation["whole"]) > 1e-6).all()
+    # In one layer alone is not what it is in both, nor in the other.
+    assert len(set(np.round(costs[:4], 6))) == 4
+
+
 def test_earlier_checkpoints_are_compared_with_the_analysed_one(workdir, found):
     assert list(found.saturation) == [4, 8]
     early, late = (found.saturation[step] for step in (4, 8))
@@ -76,7 +89,8 @@ def test_all_files_are_written(found, out):
 def test_a_file_of_text_is_cut_by_the_runs_tokeniser(workdir, tmp_path):
     file = tmp_path / "words.txt"
     file.write_text("def f(x):\n    return x\n" * 20)
-    found = analyse_run(workdir, data=str(file), ablation=False)
+    found = analyse_run(workdir, data=str(file))
+    assert np.isfinite(found.ablation["whole"])  # rows of no domain count too
     # Bytes, and the separator as a target: the first id is the target of none.
     assert found.measures.load.tokens == len(file.read_bytes())
     assert "domains" not in found.measures.figures()
