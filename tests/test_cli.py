@@ -329,6 +329,22 @@ def test_evaluate_prints_the_runs_own_bits_per_byte(moejax, out):
     assert tiny.snapshot(run) == before
 
 
+def test_analyze_writes_a_page(moejax, out, tmp_path):
+    run = out / "switch/seed0"
+    before = tiny.snapshot(run)
+    code, text, err = moejax("analyze", run, "--rows=16", "--noablation", f"--out={tmp_path}/a")
+    assert code == 0, err
+    assert "switch" in (tmp_path / "a/analysis.html").read_text()
+    assert "MaxVio" in text and f"page: {tmp_path}/a/analysis.html" in text
+    assert_refused(moejax("analyze", out / "dense/seed0"), "moe.experts=0", "nothing to analyse")
+    assert_refused(moejax("analyze", run, "--step=3"), "no checkpoint of step 3", "[4]")
+    assert_refused(moejax("analyze", run, "--data=stdlb"), "did you mean 'stdlib'")
+    assert_refused(moejax("analyze", run, f"--data={tmp_path}/none.txt"), "none.txt")
+    assert_refused(moejax("analyze"), "usage: moejax analyze RUN_OR_TRACE")
+    assert_refused(moejax("analyze", tmp_path), "neither a run (config.json) nor a trace")
+    assert tiny.snapshot(run) == before
+
+
 def test_train_upcycles_a_dense_run(moejax, experiment, out, tmp_path):
     """The first update has rate 0: the evaluation after it is the dense model's last one."""
     renormalised = experiment.with_name("topk.py")

@@ -112,8 +112,13 @@ def test_model_does_not_read_data() -> None:
     assert not offenders("moejax.model", "moejax.data")
 
 
+def test_measures_know_traces_and_routing_only() -> None:
+    mine = ("moejax.analysis", "moejax.tracing", "moejax.routing")
+    assert not offenders("moejax.analysis", "moejax", "flax", allowed=mine)
+
+
 def test_training_needs_no_report_and_no_comparison() -> None:
-    above = ("reporting", "generation", "compare", "report", "train")
+    above = ("reporting", "generation", "analyzing", "compare", "report", "train", "analyze")
     assert not offenders("moejax.training", *(f"moejax.{name}" for name in above))
 
 

@@ -29,8 +29,12 @@ PREFETCHED_BATCHES = 8
 Share = slice | np.ndarray  # rows of a global batch
 
 
-def open_dataset(config: DataConfig, progress: bool = True) -> TextDataset:
+def open_dataset(
+    config: DataConfig, progress: bool = True, tokenizer: Tokenizer | None = None
+) -> TextDataset:
     """Opens the corpus of a config, preparing it on first use; `progress` shows that on stderr.
+
+    tokenizer: another corpus's, for a model that was trained with it; None = this one's own.
 
     Raises FileNotFoundError where a corpus is not there, ValueError where its domains, its
     documents or its windows do not fit the config; one line each, with the numbers and what to do.
@@ -38,7 +42,7 @@ def open_dataset(config: DataConfig, progress: bool = True) -> TextDataset:
     data_dir = storage.data_directory(config.data_dir)
     corpora = open_corpora(config, data_dir)
     domains = chosen_domains(config, [name for corpus in corpora for name in corpus.domains])
-    tokenizer = open_tokenizer(config.tokenizer, corpora, data_dir, progress)
+    tokenizer = tokenizer or open_tokenizer(config.tokenizer, corpora, data_dir, progress)
     streams: Streams = {}
     for corpus in corpora:
         if set(domains).intersection(corpus.domains):

@@ -57,6 +57,11 @@ class Checkpoints:
         """The newest complete step, None if there is none."""
         return self._manager.latest_step()
 
+    @property
+    def steps(self) -> list[int]:
+        """The complete steps, oldest first."""
+        return sorted(self._manager.all_steps())
+
     def save(self, state: TrainState, progress: dict[str, Any], bpb: float | None) -> None:
         """Save the state of `state.step`.
 
@@ -90,7 +95,7 @@ class Checkpoints:
           FileNotFoundError: no checkpoint there, with the steps that are.
           ValueError: the checkpoint is of a model of other sizes.
         """
-        steps = sorted(self._manager.all_steps())
+        steps = self.steps
         if step is None and steps:
             step = steps[-1]
         if step is None or step not in steps:

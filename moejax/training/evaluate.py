@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax.analysis.specialisation import by_domain, recovered, shuffled, specialisation
+from moejax.analysis.domains import by_domain, recovered, shuffled, specialisation
 from moejax.config import Config
 from moejax.data import TextDataset
 from moejax.routing.floors import max_vio_floor
@@ -36,11 +36,11 @@ def evaluate(
             batch=program.batch, limit_rows=rows, share=program.rows
         )
     ]
-    sums = _total(program.eval_step, state, batches, dataset.bytes_V)
+    sums = total(program.eval_step, state, batches, dataset.bytes_V)
     record: dict[str, Any] = {
-        "bpb": _bits_per_byte(sums.nll_domain.sum(), sums.bytes_domain.sum()),
+        "bpb": bits_per_byte(sums.nll_domain.sum(), sums.bytes_domain.sum()),
         "bpb_domain": {
-            name: _bits_per_byte(nll, size)
+            name: bits_per_byte(nll, size)
             for name, nll, size in zip(
                 dataset.domains, sums.nll_domain, sums.bytes_domain, strict=True
             )
@@ -59,10 +59,8 @@ def evaluate(
     if sums.rows is not None:
         record |= _by_domain(sums.rows, dataset.domains)
     if program.eval_as_trained is not None:
-        pooled = _total(program.eval_as_trained, state, batches, dataset.bytes_V)
-        record["bpb_as_trained"] = _bits_per_byte(
-            pooled.nll_domain.sum(), pooled.bytes_domain.sum()
-        )
+        pooled = total(program.eval_as_trained, state, batches, dataset.bytes_V)
+        record["bpb_as_trained"] = bits_per_byte(pooled.nll_domain.sum(), pooled.bytes_domain.sum())
     return record
 
 
@@ -70,13 +68,13 @@ def _by_domain(rows: RowLoads, domains: tuple[str, ...]) -> dict[str, Any]:
     load_GLE = by_domain(rows.load_BLE, rows.domain_B, len(domains))
     return {
         "load_domain": dict(zip(domains, load_GLE, strict=True)),
-        "specialisation": specialisation(load_GLE),
-        "specialisation_floor": shuffled(rows.load_BLE, rows.domain_B, len(domains)),
-        "recovered": recovered(load_GLE),
+        "specialisation": specialisation(load_GLE).mean(),
+        "specialisation_floor": shuffled(rows.load_BLE, rows.domain_B, len(domains)).mean(),
+        "recovered": recovered(load_GLE).max(),
     }
 
 
-def _total(
+def total(
     step: Callable[..., EvalSums],
     state: TrainState,
     batches: Iterable[Any],
@@ -85,15 +83,16 @@ def _total(
     """The sums over all batches, on the host, in double precision and 64-bit integers; what is of
     rows, row after row."""
     table, rows = np.asarray(bytes_V, np.float32), []
-    total: Any = None
+    added: Any = None
     for batch in batches:
         sums = jax.device_get(step(state.params, state.router_state, batch, table))
         rows.append(sums.rows)
         sums = sums._replace(rows=None)
         wide = jax.tree.map(lambda a: np.asarray(a, np.result_type(a.dtype, np.int64)), sums)
-        total = wide if total is None else jax.tree.map(np.add, total, wide)
-    return total._replace(rows=jax.tree.map(lambda *a: np.concatenate(a), *rows))
+        added = wide if added is None else jax.tree.map(np.add, added, wide)
+    return added._replace(rows=jax.tree.map(lambda *a: np.concatenate(a), *rows))
 
 
-def _bits_per_byte(nats: Any, size: Any) -> float:
+def bits_per_byte(nats: Any, size: Any) -> float:
+    """Nats of text that is `size` bytes."""
     return float(nats) / (math.log(2) * float(size))
