@@ -18,12 +18,13 @@ OUT = flags.DEFINE_string("out", "view.html", "where the page goes")
 
 
 def main(arguments: list[str]) -> int:
-    asked = checkpoints(arguments, STEP.value)
+    runs = asked(arguments, STEP.value)
     text = read_text(TEXT.value, PROMPT.value)
     from moejax.viewing import page
-    from moejax.viewing.gathering import gather
+    from moejax.viewing.gathering import gather, names
 
-    panels = [gather(workdir, step, text, TOKENS.value) for workdir, step in asked]
+    named = zip(names([workdir for workdir, _ in runs]), runs, strict=True)
+    panels = [gather(name, *run, text, TOKENS.value) for name, run in named]
     out = Path(OUT.value)
     title = "Where each token goes: " + " and ".join(panel.title for panel in panels)
     out.write_text(page(panels, title), encoding="utf-8")
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def checkpoints(arguments: list[str], steps: list[str]) -> list[tuple[Path, int | None]]:
+def asked(arguments: list[str], steps: list[str]) -> list[tuple[Path, int | None]]:
     """(run, step) of one panel or two; a step of None is the newest.
 
     Raises:
@@ -47,7 +48,7 @@ def checkpoints(arguments: list[str], steps: list[str]) -> list[tuple[Path, int 
         runs *= 2
     if steps and len(steps) != len(runs):
         raise ValueError(f"{len(steps)} steps for {len(runs)} runs; give as many")
-    wanted = [int(step) for step in steps] or [None] * len(runs)
+    wanted = [int(step) for step in steps] if steps else [None] * len(runs)
     return list(zip(runs, wanted, strict=True))
 
 

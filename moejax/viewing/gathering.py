@@ -1,12 +1,13 @@
 """From the folder of a run to a panel: the checkpoint is opened and traced over the text."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from moejax.config import Config
 from moejax.model.size import model_size
+from moejax.routing import hyperparameters
 from moejax.tracing import Trace, concatenate
 from moejax.training.records import read_records
 from moejax.training.saved import SavedRun, open_run
@@ -15,10 +16,11 @@ from moejax.viewing.panel import History, Panel, Sizes
 from moejax.viewing.pieces import pieces
 
 
-def gather(workdir: Path, step: int | None, text: str | None, tokens: int) -> Panel:
+def gather(name: str, workdir: Path, step: int | None, text: str | None, tokens: int) -> Panel:
     """A panel of a run at a checkpoint.
 
     Args:
+      name: what the page calls the run.
       workdir: of the run.
       step: of the checkpoint; None = the newest.
       text: what to read; None = the first validation rows of the run's corpus, its domains in turn.
@@ -33,8 +35,8 @@ def gather(workdir: Path, step: int | None, text: str | None, tokens: int) -> Pa
     decode = run.dataset.decode
     assert trace.predicted_T is not None
     return Panel(
-        title=f"{workdir.resolve().name}, step {int(run.state.step):,}",
-        run=str(workdir.resolve()),
+        run=name,
+        step=int(run.state.step),
         trace=trace,
         piece_T=pieces(decode, trace.token_T, trace.document_T),
         target_T=_alone(decode, trace.target_T),
@@ -43,6 +45,16 @@ def gather(workdir: Path, step: int | None, text: str | None, tokens: int) -> Pa
         sizes=sizes(run.config, run.dataset.vocab_size),
         history=history(workdir),
     )
+
+
+def names(workdirs: Sequence[Path]) -> list[str]:
+    """A name of each run: the end of its path, by as many parts as tell them apart."""
+    paths = [workdir.resolve() for workdir in workdirs]
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        ends = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(ends)) == len(set(paths)):
+            break
+    return ends
 
 
 def _trace(run: SavedRun, text: str | None, tokens: int) -> Trace:
@@ -88,7 +100,12 @@ def sizes(config: Config, vocab_size: int) -> Sizes:
 def facts(config: Config) -> dict[str, str]:
     """How the model routes, in words."""
     moe = config.moe.evaluation()
-    options = ", ".join(f"{name} {value}" for name, value in config.router.options)
+    usual = hyperparameters(config.router.name)
+    options = ", ".join(
+        f"{name} {value}"
+        for name, value in config.router.options
+        if name != "k" and value != usual[name]
+    )
     losses = [f"{name} {weight:g}" for name, weight in config.balance if weight]
     room = "no limit: nothing drops"
     if moe.capacity_factor is not None:

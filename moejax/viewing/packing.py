@@ -1,5 +1,8 @@
 """Panels as JSON: arrays in base64, scores in 8 bits, weights in float16. template/decode.js reads.
 
+The scores of chosen experts are in float16 too, so that they agree with the weights to the digits
+shown.
+
 An array is {"dtype": u1 | u2 | f2, "shape", "data"}: little-endian, the last axis fastest.
 """
 
@@ -29,6 +32,7 @@ def pack(panels: Sequence[Panel]) -> dict[str, Any]:
         _check(first, panel)
     trace = first.trace
     return {
+        "paired": len({panel.run for panel in panels}) < len(panels),
         "text": {
             "piece": first.piece_T,
             "target": first.target_T,
@@ -59,6 +63,8 @@ def _check(first: Panel, panel: Panel) -> None:
 def _panel(panel: Panel) -> dict[str, Any]:
     trace = panel.trace
     assert trace.scores_TLE is not None
+    some_TLR = np.minimum(trace.expert_TLR, trace.meta.experts - 1)
+    chosen_TLR = np.take_along_axis(trace.scores_TLE, some_TLR, axis=-1)
     return {
         "title": panel.title,
         "run": panel.run,
@@ -72,6 +78,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
         "dropped": array(np.packbits(trace.dropped_TLR)),
         "entropy": array(trace.entropy_TL.astype(np.float16)),
         "margin": array(trace.margin_TL.astype(np.float16)),
+        "chosen": array(chosen_TLR.astype(np.float16)),
         "scores": quantised(trace.scores_TLE),
         "history": None if panel.history is None else _history(panel.history),
     }
@@ -116,7 +123,7 @@ def gate_of(scores_TLE: np.ndarray) -> str:
     sum_TL = scores_TLE.sum(-1, dtype=np.float32)
     if scores_TLE.min() >= 0 and np.allclose(sum_TL, 1, atol=2e-2):
         return "softmax"
-    return "sigmoid" if 0 < scores_TLE.min() and scores_TLE.max() <= 1 else ""
+    return "sigmoid" if scores_TLE.min() > 0 and scores_TLE.max() <= 1 else ""
 
 
 def _history(history: History) -> dict[str, Any]:

@@ -44,8 +44,8 @@ class Panel:
     """One model over the text.
 
     Attributes:
-      title: in a few words.
-      run: which training it is of: the experts of one run's checkpoints are the same experts.
+      run: the training's name. The experts of one run's checkpoints are the same experts.
+      step: of the checkpoint.
       trace: with its scores, of the text.
       piece_T, target_T, guess_T: text of each token, of the one that follows, and of the model's
         best guess; "" where a token is a part of a character that a later one completes.
@@ -54,8 +54,8 @@ class Panel:
       history: None = the run recorded no loads.
     """
 
-    title: str
     run: str
+    step: int
     trace: Trace
     piece_T: list[str]
     target_T: list[str]
@@ -63,3 +63,7 @@ class Panel:
     facts: dict[str, str]
     sizes: Sizes
     history: History | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.run}, step {self.step:,}"

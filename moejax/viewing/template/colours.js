@@ -13,15 +13,15 @@ function shade(expert, experts, dark) {
 }
 
 const oklch = ([lightness, chroma, hue]) => `oklch(${lightness} ${chroma} ${hue.toFixed(1)})`;
-const isDark = () => getComputedStyle(document.documentElement).colorScheme === "dark" ||
-  (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
+const night = matchMedia("(prefers-color-scheme: dark)");
+const isDark = () => (document.documentElement.dataset.theme || (night.matches ? "dark" : "light")) === "dark";
 
 /** .p0 .e3 and so on: the property --e, that backgrounds and bars use. */
 function colourRules() {
   const rules = [];
   for (const model of MODELS)
     for (let e = 0; e < model.experts; e++) {
-      const [light, dark] = [false, true].map((night) => oklch(shade(e, model.experts, night)));
+      const [light, dark] = [false, true].map((dark) => oklch(shade(e, model.experts, dark)));
       rules.push(`.p${model.index} .e${e} { --e: light-dark(${light}, ${dark}); }`);
     }
   const sheet = new CSSStyleSheet();

@@ -20,7 +20,7 @@ fill(byId("bar"),
 
 watch(["layer"], () => {
   const names = MODELS[0].layers;
-  layerName.textContent = `Layer ${names[state.layer]} of ${names.at(-1)}`;
+  layerName.textContent = `Layer ${names[state.layer]} of ${names[0]} – ${names.at(-1)}`;
   layerSlider.value = state.layer;
   layerSlider.setAttribute("aria-valuetext", layerName.textContent);
 });
@@ -36,7 +36,7 @@ function setTheme(theme) {
 }
 byId("theme").addEventListener("click", () =>
   setTheme(THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length]));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => setTheme(document.documentElement.dataset.theme));
+night.addEventListener("change", () => setTheme(document.documentElement.dataset.theme));
 setTheme("");
 
 const KEYS = {

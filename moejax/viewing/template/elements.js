@@ -18,7 +18,8 @@ function fill(element, ...children) {
   element.replaceChildren(...children);
 }
 
-const count = (n) => n.toLocaleString("en");
+const ENGLISH = new Intl.NumberFormat("en");
+const count = (n) => ENGLISH.format(n);
 const percent = (part) => `${(100 * part).toFixed(part < 0.0995 ? 1 : 0)} %`;
 const fixed = (x, digits = 2) => (Number.isFinite(x) ? x.toFixed(digits).replace("-", "−") : "–");
 const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;

@@ -12,6 +12,7 @@ class Model {
     this.droppedBits = arrayOf(packed.dropped);
     this.entropy_TL = arrayOf(packed.entropy);
     this.margin_TL = arrayOf(packed.margin);
+    this.chosen_TLR = arrayOf(packed.chosen); // scores of the experts in expert_TLR
     this.gate = scores.gate;
     this.low_TL = arrayOf(scores.low);
     this.high_TL = arrayOf(scores.high);
@@ -50,9 +51,15 @@ class Model {
     return Float32Array.from(level_E, (level) => low + (range * level) / LEVELS);
   }
 
+  /** Scores of all experts: in 8 bits, those of the chosen ones in 16. */
   scores(t, l) {
     const gates = { softmax: Math.exp, sigmoid: (v) => 1 / (1 + Math.exp(-v)), "": (v) => v };
-    return this.logits(t, l).map(gates[this.gate]);
+    const score_E = this.logits(t, l).map(gates[this.gate]);
+    for (let r = 0; r < this.R; r++) {
+      const expert = this.expert(t, l, r);
+      if (expert < this.experts) score_E[expert] = this.chosen_TLR[(t * this.L + l) * this.R + r];
+    }
+    return score_E;
   }
 
   /** Assignments of the text to each expert of a layer, {kept, dropped}. */
@@ -88,6 +95,6 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const MODELS = DATA.panels.map((packed, index) => new Model(packed, index));
 const TOKENS = DATA.text.piece.length;
 const LAYERS = MODELS[0].L;
-const PAIRED = MODELS.length === 2 && MODELS[0].run === MODELS[1].run;
+const PAIRED = DATA.paired; // two checkpoints of one run: the same experts
 DATA.text.document_T = arrayOf(DATA.text.document);
 DATA.text.domain_T = arrayOf(DATA.text.domain);

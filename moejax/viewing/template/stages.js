@@ -28,17 +28,18 @@ function chart(model, value_E, chosen, digits = 2) {
   const high = Math.max(...value_E, 0);
   const low = Math.min(...value_E, 0);
   const range = high - low || 1;
+  const best = Array.from(value_E.keys()).sort((a, b) => value_E[b] - value_E[a]);
+  const bestLeft = best.find((e) => !chosen?.has(e));
   const bars = Array.from(value_E, (value, e) => {
     const part = Math.abs(value) / range;
     const from = ((value < 0 ? value : 0) - low) / range;
-    const shown = chosen === null ? model.experts <= 16 : chosen.has(e);
+    const shown = chosen === null ? model.experts <= 16 : chosen.has(e) || e === bestLeft;
     return make("div", { class: `bar e${e}${chosen && !chosen.has(e) ? " hollow" : ""}`, title: `expert ${e}: ${fixed(value, 4)}` },
       make("span", { class: "value" }, shown ? fixed(value, digits) : ""),
       make("span", { class: "column" }, make("span", { class: "kept", "--part": part, "--from": from })),
       make("span", { class: "label" }, e));
   });
-  const best = Array.from(value_E.keys()).sort((a, b) => value_E[b] - value_E[a]).slice(0, 3);
-  const told = best.map((e) => `expert ${e} ${fixed(value_E[e], digits)}`).join(", ");
+  const told = best.slice(0, 3).map((e) => `expert ${e} ${fixed(value_E[e], digits)}`).join(", ");
   return make("div", { class: "bars chart", role: "img", "aria-label": `${model.experts} experts; highest: ${told}`, "--zero": -low / range }, ...bars);
 }
 
@@ -72,8 +73,9 @@ function topStage(model) {
   const close = margin < 0
     ? "An expert with a higher score was not taken: a bias that balances the loads, or a limit, overruled the scores."
     : `The last one taken is ${fixed(margin, 3)} ahead of the best one left.`;
+  const score_E = model.scores(state.token, state.layer);
   return [
-    chart(model, model.scores(state.token, state.layer), chosen, 3),
+    chart(model, score_E, chosen, 3),
     says(found.length ? `${plural(chosen.size, "expert")} of ${model.experts} taken. ${close}` : "No expert took this token."),
   ];
 }

@@ -15,6 +15,9 @@ function setText() {
   byId("panels").addEventListener("focusin", (event) => {
     if (event.target.dataset.t !== undefined) showToken(Number(event.target.dataset.t));
   });
+  const boxes = [...byId("panels").querySelectorAll(".lines")];
+  for (const box of boxes)
+    box.addEventListener("scroll", () => boxes.forEach((other) => (other.scrollTop = box.scrollTop)));
 }
 
 /** Documents below each other where their domain is known, else behind each other. */
@@ -29,9 +32,9 @@ function lines(model) {
   let domain = 0;
   for (let t = 0; t < TOKENS; t++) {
     if (t === 0 || (document_T[t] !== document_T[t - 1] && domain_T[t])) {
-      const name = domain_T[t] && domain_T[t] !== domain ? domains[domain_T[t] - 1] : "";
       domain = domain_T[t];
-      line = make("p", { role: "group", "aria-label": domains[domain - 1] ?? "text" });
+      const name = domains[domain - 1] ?? "text";
+      line = make("p", { role: "group", "aria-label": name });
       if (domain) box.append(make("span", { class: "domain", "aria-hidden": "true" }, name));
       box.append(line);
     }

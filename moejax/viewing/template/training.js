@@ -1,6 +1,6 @@
 // Loads while the model trained: a map of time and experts, and the bars of one moment.
 
-const TRAINED = MODELS.filter((model) => model.history);
+const TRAINED = (PAIRED ? MODELS.slice(0, 1) : MODELS).filter((model) => model.history);
 const MOMENTS = [...new Set(TRAINED.flatMap((model) => model.history.step))].sort((a, b) => a - b);
 const FULL = 3; // of an even share: as dark as the map gets
 
@@ -25,8 +25,9 @@ function setTraining() {
     "aria-label": "Training step", oninput: (event) => show({ moment: Number(event.target.value) }) });
   fill(byId("time"), make("label", {}, make("span", { id: "moment-name" }), slider));
   fill(byId("moments"), ...TRAINED.map((model) =>
-    make("div", { class: `model p${model.index}` }, ...heading(model),
+    make("div", { class: `model p${model.index}` }, ...(TRAINED.length > 1 ? [make("h3", {}, model.run)] : []),
       make("div", { class: "map" }, make("canvas", { role: "img" }), make("span", { class: "cursor" })),
+      make("p", { class: "soft" }, `One row an expert, 0 on top; steps ${count(model.history.step[0])} to ${count(model.history.step.at(-1))}. Darker: more load; blank: none.`),
       make("div", { class: "bars chart", role: "img" }),
       make("p", { class: "soft told" }))));
   watch(["layer"], drawMaps);
