@@ -107,11 +107,11 @@ def facts(config: Config) -> dict[str, str]:
         if name != "k" and value != usual[name]
     )
     losses = [f"{name} {weight:g}" for name, weight in config.balance if weight]
-    room = "no limit: nothing drops"
+    capacity = "no limit"
     if moe.capacity_factor is not None:
-        room = f"{moe.capacity_factor:g} of an even share, by {moe.groups}"
+        capacity = f"{moe.capacity_factor:g} of an even share, by {moe.groups}"
     return {
         "router": config.router.label + (f" ({options})" if options else ""),
         "balance losses": ", ".join(losses) or "none",
-        "room for tokens": room,
+        "capacity": capacity,
     }

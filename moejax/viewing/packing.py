@@ -63,7 +63,10 @@ def _check(first: Panel, panel: Panel) -> None:
 def _panel(panel: Panel) -> dict[str, Any]:
     trace = panel.trace
     assert trace.scores_TLE is not None
-    some_TLR = np.minimum(trace.expert_TLR, trace.meta.experts - 1)
+    used = np.flatnonzero((trace.expert_TLR < trace.meta.experts).any((0, 1)))
+    width = int(used.max(initial=0)) + 1  # R of routers that may choose all of E is E
+    expert_TLR = trace.expert_TLR[..., :width]
+    some_TLR = np.minimum(expert_TLR, trace.meta.experts - 1)
     chosen_TLR = np.take_along_axis(trace.scores_TLE, some_TLR, axis=-1)
     return {
         "title": panel.title,
@@ -73,9 +76,9 @@ def _panel(panel: Panel) -> dict[str, Any]:
         "facts": panel.facts,
         "sizes": dataclasses.asdict(panel.sizes),
         "guess": panel.guess_T,
-        "expert": array(trace.expert_TLR),
-        "weight": array(trace.weight_TLR.astype(np.float16)),
-        "dropped": array(np.packbits(trace.dropped_TLR)),
+        "expert": array(expert_TLR),
+        "weight": array(trace.weight_TLR[..., :width].astype(np.float16)),
+        "dropped": array(np.packbits(trace.dropped_TLR[..., :width])),
         "entropy": array(trace.entropy_TL.astype(np.float16)),
         "margin": array(trace.margin_TL.astype(np.float16)),
         "chosen": array(chosen_TLR.astype(np.float16)),

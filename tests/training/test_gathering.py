@@ -33,7 +33,7 @@ def test_a_text_is_shown_as_the_run_routes_it(finished, panel) -> None:
     assert panel.facts == {
         "router": "loss_free (bias_rate 0.01)",
         "balance losses": "none",
-        "room for tokens": "no limit: nothing drops",
+        "capacity": "no limit",
     }
 
 

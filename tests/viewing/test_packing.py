@@ -46,6 +46,17 @@ def test_scores_of_chosen_experts_agree_with_the_weights(panel) -> None:
     np.testing.assert_allclose(chosen_TLR[there_TLR], weight_TLR[there_TLR], rtol=2e-3)
 
 
+def test_no_room_is_kept_for_choices_that_nobody_makes(panel) -> None:
+    """Where a token may have all experts, R is E."""
+    trace = panel.trace
+    wide = {
+        name: np.pad(getattr(trace, name), ((0, 0), (0, 0), (0, 4)), constant_values=nothing)
+        for name, nothing in (("expert_TLR", 6), ("weight_TLR", 0), ("dropped_TLR", False))
+    }
+    padded = dataclasses.replace(panel, trace=dataclasses.replace(trace, **wide))
+    assert pack([padded]) == pack([panel])
+
+
 def test_the_text_is_there_once(panel) -> None:
     text = pack([panel, panel])["text"]
     assert "".join(text["piece"]) == made.TEXT[:-1]

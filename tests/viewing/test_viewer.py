@@ -195,6 +195,16 @@ def test_two_checkpoints_of_one_run_are_compared(browser: Browser) -> None:
     assert len(browser.texts("#moments .model")) == 1
 
 
+def test_an_address_opens_where_it_was_left(browser: Browser) -> None:
+    browser.open("one", PANEL)
+    browser.run("location.hash = 'layer=1&token=9&step=6&rank=1&expert=99'")
+    browser.wait("document.querySelector('[data-t=\"9\"]').tabIndex === 0")
+    assert browser.classes() == wanted(PANEL, 1, rank=1)  # there is no expert 99
+    assert browser.text('[data-step][aria-pressed="true"]') == "6Experts"
+    browser.press("[")
+    browser.wait("location.hash === '#rank=1&token=9&step=6'")
+
+
 def pixels(browser: Browser) -> np.ndarray:
     png = browser.driver.get_screenshot_as_png()
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), np.int32)

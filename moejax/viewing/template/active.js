@@ -5,6 +5,7 @@ function grid(model, lit) {
   const cell = between(6, Math.floor(560 / model.experts), 26);
   const height = between(6, Math.floor(420 / model.L), 26);
   const canvas = make("canvas", { width: model.experts * cell * ratio, height: model.L * height * ratio });
+  canvas.style.width = `${model.experts * cell}px`;
   const pen = canvas.getContext("2d");
   pen.scale(ratio, ratio);
   for (let l = 0; l < model.L; l++)

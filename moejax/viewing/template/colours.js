@@ -8,7 +8,7 @@ function shade(expert, experts, dark) {
   const levels = experts > MANY ? 2 : 1;
   const hue = (25 + (360 * Math.floor(expert / levels)) / Math.ceil(experts / levels)) % 360;
   const second = expert % levels;
-  if (dark) return [second ? 0.34 : 0.46, second ? 0.09 : 0.11, hue];
+  if (dark) return [second ? 0.38 : 0.485, second ? 0.1 : 0.12, hue];
   return [second ? 0.75 : 0.88, second ? 0.13 : 0.085, hue];
 }
 

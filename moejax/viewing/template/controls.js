@@ -20,10 +20,11 @@ fill(byId("bar"),
 
 watch(["layer"], () => {
   const names = MODELS[0].layers;
-  layerName.textContent = `Layer ${names[state.layer]} of ${names[0]} – ${names.at(-1)}`;
+  layerName.textContent = `Layer ${names[state.layer]} (${names[0]} – ${names.at(-1)})`;
   layerSlider.value = state.layer;
   layerSlider.setAttribute("aria-valuetext", layerName.textContent);
 });
+watch(["rank"], () => (rankSelect.value = state.rank));
 watch(["expert"], () => (byId("all").hidden = state.expert < 0));
 
 const THEMES = ["", "light", "dark"];

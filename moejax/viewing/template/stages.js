@@ -3,13 +3,12 @@
 const STAGES = [
   ["Token", (model) => tokenStage(model)],
   ["Router logits", (model) => logitStage(model)],
-  ["Softmax", (model) => scoreStage(model)],
+  ["Scores", (model) => scoreStage(model)],
   ["Top-k", (model) => topStage(model)],
   ["Dispatch", (model) => dispatchStage(model)],
   ["Experts", (model) => expertStage(model)],
   ["Weighted sum", (model) => sumStage(model)],
 ];
-const GATES = { softmax: "softmax", sigmoid: "sigmoid", "": "gate" };
 
 const says = (...parts) => make("p", {}, ...parts);
 
@@ -93,13 +92,13 @@ function dispatchStage(model) {
       return make("li", { class: kind, title: `token ${row.token + 1}` }, row.dropped ? make("s", {}, piece) : piece);
     });
     const lost = buffer.filter((row) => row.dropped).length;
-    const kept = `${count(at + 1)} of the ${count(buffer.length)} tokens of this text that chose it`;
+    const kept = `${count(at + 1)} of the ${count(buffer.length)} tokens of this text that it is given`;
     return make("div", { class: `buffer e${expert}` },
       make("p", {}, make("b", {}, `Expert ${expert}`), ` number ${kept}`, lost ? `; ${count(lost)} found it full` : "",
         dropped ? ", this one too: it is dropped." : "."),
       make("ol", { class: "slots", "aria-label": `Buffer of expert ${expert}` }, ...cells));
   });
-  return [...rows, says(`Tokens for the same expert are gathered in its buffer. Room: ${model.facts["room for tokens"] ?? "unknown"}. What finds no slot is struck through and passes the layer by.`)];
+  return [...rows, says(`Tokens for the same expert are gathered in its buffer, here in the order of the text. Its capacity: ${model.facts.capacity ?? "unknown"}. What finds no slot is struck through and passes the layer by.`)];
 }
 
 function expertStage(model) {

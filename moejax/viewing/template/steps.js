@@ -1,7 +1,8 @@
 // The way through the layer: seven buttons, and the stage that is chosen.
 
 function stageName(i) {
-  return i === 2 && MODELS.length === 1 ? { softmax: "Softmax", sigmoid: "Sigmoid", "": "Scores" }[MODELS[0].gate] : STAGES[i][0];
+  const known = MODELS.every(({ gate }) => gate === MODELS[0].gate) && MODELS[0].gate;
+  return i === 2 ? { softmax: "Softmax", sigmoid: "Sigmoid" }[known] ?? "Scores" : STAGES[i][0];
 }
 
 const stepButtons = STAGES.map((_, i) =>

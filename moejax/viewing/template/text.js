@@ -100,7 +100,7 @@ function legend() {
   const choice = MODELS[0].R > 1 ? `${ordinal(state.rank + 1)} choice` : "expert";
   byId("legend").textContent =
     `Coloured by each token's ${choice} at layer ${MODELS[0].layers[state.layer]}. ` +
-    `Hatched: the expert was full and dropped it. Underlined: no expert.${same}${selected}`;
+    `Hatched: the expert was full and dropped it. Underlined: no expert. Click a token, or walk with the arrow keys.${same}${selected}`;
 }
 
 const ordinal = (n) => `${n}${["th", "st", "nd", "rd"][n % 100 > 10 && n % 100 < 14 ? 0 : n % 10] ?? "th"}`;

@@ -11,16 +11,20 @@ function card() {
 const before = (t, n) => DATA.text.piece.slice(Math.max(0, t - n), t).join("").replaceAll("\n", "↵");
 const after = (t, n) => DATA.text.piece.slice(t + 1, t + 1 + n).join("").replaceAll("\n", "↵");
 
+const LISTED = 8; // of a token's choices; ReMoE may have dozens
+
 function choices(model, t) {
   const { layer } = state;
-  const rows = model.choices(t, layer).map(({ expert, weight, dropped }) =>
+  const found = model.choices(t, layer);
+  const more = found.length > LISTED ? `And ${found.length - LISTED} more. ` : "";
+  const rows = found.slice(0, LISTED).map(({ expert, weight, dropped }) =>
     make("li", { class: `e${expert}${dropped ? " dropped" : ""}` },
       make("span", { class: "name" }, `expert ${expert}`),
       make("span", { class: "track", "aria-hidden": "true" }, make("span", { "--part": Math.min(1, Math.abs(weight)) })),
       make("span", { class: "number" }, fixed(weight, 3)),
       make("span", { class: "note" }, dropped ? "dropped" : "")));
   const list = rows.length ? make("ol", { class: "choices" }, ...rows) : make("p", {}, "No expert: the layer adds nothing.");
-  return [list, make("p", { class: "soft" }, uncertainty(model, t)), prediction(model, t)];
+  return [list, make("p", { class: "soft" }, more + uncertainty(model, t)), prediction(model, t)];
 }
 
 function uncertainty(model, t) {
@@ -41,7 +45,7 @@ function prediction(model, t) {
 function describe() {
   const t = state.token;
   const told = MODELS.map((model) => {
-    const list = model.choices(t, state.layer).map(
+    const list = model.choices(t, state.layer).slice(0, LISTED).map(
       ({ expert, weight, dropped }) => `expert ${expert} weight ${fixed(weight)}${dropped ? ", dropped" : ""}`);
     return (MODELS.length > 1 ? `${model.title}: ` : "") + (list.join("; ") || "no expert");
   });

@@ -55,6 +55,7 @@ function drawMaps() {
 function drawMoment() {
   const step = MOMENTS[state.moment];
   byId("moment-name").textContent = `Step ${count(step)}`;
+  byId("moment").value = state.moment;
   byId("moment").setAttribute("aria-valuetext", `step ${step}`);
   const most = Math.max(2, ...TRAINED.flatMap((model) => [...loadAt(model, recordAt(model, step))]));
   for (const model of TRAINED) {
