@@ -74,6 +74,11 @@ class Browser:
         script = "return [...document.querySelectorAll(arguments[0])].map(e => +e.dataset.load)"
         return self.run(script, f"{selector} [data-load]")
 
+    def seconds(self) -> float:
+        """Processor time that the page's main thread has used."""
+        metrics = self.driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+        return {metric["name"]: metric["value"] for metric in metrics}["TaskDuration"]
+
     def errors(self) -> list[str]:
         """What the console has said since this was asked last."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
@@ -93,5 +98,6 @@ def browser(tmp_path_factory) -> Iterator[Browser]:
     options.binary_location = program("chromium", "google-chrome")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(program("chromedriver")))
+    driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
     yield Browser(driver, tmp_path_factory.mktemp("pages"))
     driver.quit()

@@ -262,23 +262,21 @@ def test_every_control_has_a_name(pair: Browser) -> None:
 
 LAYER_CHANGES = """
     const done = arguments[0];
-    const times = [];
+    let left = 10;
     const go = () => {
-      const begin = performance.now();
       document.getElementById('higher').click();
-      document.body.offsetHeight; // style and layout too
-      times.push(performance.now() - begin);
-      if (times.length < 10) requestAnimationFrame(() => setTimeout(go));
-      else done(times);
+      if (--left) requestAnimationFrame(() => setTimeout(go));
+      else requestAnimationFrame(() => setTimeout(done));
     };
     go();
 """
 
 
 def test_a_large_text_changes_layers_at_once(browser: Browser) -> None:
-    """2,000 tokens x 32 layers x 64 experts. The fastest of ten changes: others may share the
-    processor with another test."""
+    """2,000 tokens x 32 layers x 64 experts. Seconds of the page's thread, from scripts to paint:
+    on two cores that others keep busy a change took 0.034."""
     browser.open("large", made.panel(tokens=2000, layers=32, experts=64, k=4))
-    times = browser.driver.execute_async_script(LAYER_CHANGES)
+    began = browser.seconds()
+    browser.driver.execute_async_script(LAYER_CHANGES)
     assert "Layer 21" in browser.text("#layer-name")
-    assert min(times) < 50
+    assert 0 < (browser.seconds() - began) / 10 < 0.1

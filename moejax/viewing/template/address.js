@@ -1,4 +1,5 @@
-// The address keeps what is shown: view.html#layer=3&token=24&step=4 opens there again.
+// The address keeps what is shown: view.html#layer=3&token=24&step=4 opens there again, and
+// at=training scrolls to that section.
 
 const KEPT = ["layer", "rank", "token", "step", "moment", "expert", "chosenIn"];
 const LIMITS = {
@@ -21,6 +22,7 @@ function readAddress() {
     if (value >= (key === "step" ? 1 : 0) && value <= LIMITS[key]) found[key] = value;
   }
   show({ ...UNCHANGED, ...found });
+  document.querySelector(`section[id="${CSS.escape(asked.get("at") ?? "")}"]`)?.scrollIntoView();
 }
 
 function writeAddress() {
