@@ -109,7 +109,7 @@ def facts(config: Config) -> dict[str, str]:
     losses = [f"{name} {weight:g}" for name, weight in config.balance if weight]
     capacity = "no limit"
     if moe.capacity_factor is not None:
-        capacity = f"{moe.capacity_factor:g} of an even share, by {moe.groups}"
+        capacity = f"{moe.capacity_factor:g} x an even share, by {moe.groups}"
     return {
         "router": config.router.label + (f" ({options})" if options else ""),
         "balance losses": ", ".join(losses) or "none",

@@ -31,8 +31,8 @@ SCRIPTS = (
     "training",
     "active",
     "controls",
+    "head",
     "address",
-    "main",
 )
 
 

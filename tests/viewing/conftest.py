@@ -90,8 +90,7 @@ class Browser:
         return [e["params"]["request"]["url"] for e in sent]
 
 
-@pytest.fixture(scope="package")
-def browser(tmp_path_factory) -> Iterator[Browser]:
+def start() -> webdriver.Chrome:
     options = Options()
     for flag in FLAGS:
         options.add_argument(flag)
@@ -99,5 +98,11 @@ def browser(tmp_path_factory) -> Iterator[Browser]:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(program("chromedriver")))
     driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+    return driver
+
+
+@pytest.fixture(scope="package")
+def browser(tmp_path_factory) -> Iterator[Browser]:
+    driver = start()
     yield Browser(driver, tmp_path_factory.mktemp("pages"))
     driver.quit()

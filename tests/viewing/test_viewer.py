@@ -1,5 +1,6 @@
 """The page in a browser: what it shows is what was traced, and it can be walked by keys."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -157,8 +158,9 @@ def test_loads_are_counted_and_select_an_expert(one: Browser) -> None:
     assert one.run(script) == counts.tolist()
     one.click('#load-bars [data-e="1"]')
     chosen_T = (PANEL.trace.expert_TLR[:, 0] == 1).any(-1)
-    assert [" hit" in name for name in one.classes()] == chosen_T.tolist()
-    assert [" away" in name for name in one.classes()] == (~chosen_T).tolist()
+    hit = ["t e1 hit" if chosen else "t away" for chosen in chosen_T]
+    hit[2] = hit[2].replace("e1", "e1 dropped" if PANEL.trace.expert_TLR[2, 0, 0] == 1 else "e1")
+    assert one.classes() == hit
     one.press(Keys.ESCAPE)
     assert one.classes() == wanted(PANEL, 0)
 
@@ -193,6 +195,13 @@ def test_two_checkpoints_of_one_run_are_compared(browser: Browser) -> None:
     browser.click('#load-bars .p1 [data-e="2"]')
     assert "hit" in " ".join(browser.classes(0)) and "hit" in " ".join(browser.classes(1))
     assert len(browser.texts("#moments .model")) == 1
+
+
+def test_a_run_that_recorded_no_loads_says_so(browser: Browser) -> None:
+    browser.errors()
+    browser.open("silent", dataclasses.replace(PANEL, history=None))
+    assert "No loads were recorded" in browser.text("#training")
+    assert browser.errors() == []
 
 
 def test_an_address_opens_where_it_was_left(browser: Browser) -> None:

@@ -2,8 +2,8 @@
 
 function grid(model, lit) {
   const ratio = devicePixelRatio || 1;
-  const cell = between(6, Math.floor(560 / model.experts), 26);
-  const height = between(6, Math.floor(420 / model.L), 26);
+  const cell = between(6, Math.floor(560 / model.experts), 32);
+  const height = between(6, Math.floor(420 / model.L), 32);
   const canvas = make("canvas", { width: model.experts * cell * ratio, height: model.L * height * ratio });
   canvas.style.width = `${model.experts * cell}px`;
   const pen = canvas.getContext("2d");

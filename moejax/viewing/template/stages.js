@@ -69,9 +69,9 @@ function topStage(model) {
   const found = model.choices(state.token, state.layer);
   const chosen = new Set(found.map(({ expert }) => expert));
   const margin = model.margin_TL[state.token * model.L + state.layer];
-  const close = margin < 0
-    ? "An expert with a higher score was not taken: a bias that balances the loads, or a limit, overruled the scores."
-    : `The last one taken is ${fixed(margin, 3)} ahead of the best one left.`;
+  let close = `The last one taken is ${fixed(margin, 3)} ahead of the best one left.`;
+  if (margin < 0) close = "An expert with a higher score was not taken: a bias that balances the loads, or a limit, overruled the scores.";
+  if (!Number.isFinite(margin)) close = "None is left.";
   const score_E = model.scores(state.token, state.layer);
   return [
     chart(model, score_E, chosen, 3),

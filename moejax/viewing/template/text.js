@@ -49,17 +49,17 @@ function lines(model) {
 /** A token as it stands in the text: line ends visible, and still line ends. */
 const typeset = (piece) => (piece === "" ? "∙" : piece.replaceAll("\n", "↵\n").replaceAll("\t", "⇥\t"));
 
+/** The colour of its choice; where an expert is selected, of that one or none. */
 function classOf(model, t) {
   const { layer, rank } = state;
-  const expert = model.expert(t, layer, rank);
-  let name = expert === model.experts ? "t none" : `t e${expert}`;
-  if (expert !== model.experts && model.dropped(t, layer, rank)) name += " dropped";
   const selected = selectedIn(model);
   if (selected >= 0) {
-    const chosen = model.choices(t, layer).some((choice) => choice.expert === selected);
-    name += chosen ? " hit" : " away";
+    const choice = model.choices(t, layer).find(({ expert }) => expert === selected);
+    return choice ? `t e${selected}${choice.dropped ? " dropped" : ""} hit` : "t away";
   }
-  return name;
+  const expert = model.expert(t, layer, rank);
+  if (expert === model.experts) return "t none";
+  return `t e${expert}${model.dropped(t, layer, rank) ? " dropped" : ""}`;
 }
 
 function colour() {

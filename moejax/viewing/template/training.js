@@ -2,7 +2,7 @@
 
 const TRAINED = (PAIRED ? MODELS.slice(0, 1) : MODELS).filter((model) => model.history);
 const MOMENTS = [...new Set(TRAINED.flatMap((model) => model.history.step))].sort((a, b) => a - b);
-const FULL = 3; // of an even share: as dark as the map gets
+const FULL = 3; // times an even share: as strong as the map's colour gets
 
 /** The place in a model's history of the last record up to a step. */
 function recordAt(model, step) {
@@ -27,14 +27,14 @@ function setTraining() {
   fill(byId("moments"), ...TRAINED.map((model) =>
     make("div", { class: `model p${model.index}` }, ...(TRAINED.length > 1 ? [make("h3", {}, model.run)] : []),
       make("div", { class: "map" }, make("canvas", { role: "img" }), make("span", { class: "cursor" })),
-      make("p", { class: "soft" }, `One row an expert, 0 on top; steps ${count(model.history.step[0])} to ${count(model.history.step.at(-1))}. Darker: more load; blank: none.`),
+      make("p", { class: "soft" }, `One row an expert, 0 on top; steps ${count(model.history.step[0])} to ${count(model.history.step.at(-1))}. The stronger, the more load.`),
       make("div", { class: "bars chart", role: "img" }),
       make("p", { class: "soft told" }))));
   watch(["layer"], drawMaps);
   watch(["layer", "moment"], drawMoment);
 }
 
-/** One row an expert, one column a record; darker = more than an even share. */
+/** One row an expert, one column a record; the stronger, the more load. */
 function drawMaps() {
   const [r, g, b] = isDark() ? [255, 190, 92] : [160, 44, 12];
   for (const model of TRAINED) {
