@@ -26,7 +26,9 @@ function readAddress() {
 }
 
 function writeAddress() {
-  const parts = KEPT.filter((key) => state[key] !== UNCHANGED[key]).map((key) => `${key}=${state[key]}`);
+  const parts = KEPT.filter((key) => state[key] !== UNCHANGED[key]).map(
+    (key) => `${key}=${state[key]}`,
+  );
   const { theme } = document.documentElement.dataset;
   if (theme) parts.push(`theme=${theme}`);
   if (parts.length || location.hash) history.replaceState(null, "", `#${parts.join("&")}`);

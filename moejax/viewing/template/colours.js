@@ -14,7 +14,8 @@ function shade(expert, experts, dark) {
 
 const oklch = ([lightness, chroma, hue]) => `oklch(${lightness} ${chroma} ${hue.toFixed(1)})`;
 const night = matchMedia("(prefers-color-scheme: dark)");
-const isDark = () => (document.documentElement.dataset.theme || (night.matches ? "dark" : "light")) === "dark";
+const isDark = () =>
+  (document.documentElement.dataset.theme || (night.matches ? "dark" : "light")) === "dark";
 
 /** .p0 .e3 and so on: the property --e, that backgrounds and bars use. */
 function colourRules() {

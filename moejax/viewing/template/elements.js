@@ -43,7 +43,9 @@ const heading = (model) => (MODELS.length > 1 ? [make("h3", {}, model.title)] : 
 
 /** One box a model, side by side where there is room. */
 function perModel(draw) {
-  return MODELS.map((model) => make("div", { class: `model p${model.index}` }, ...heading(model), ...draw(model)));
+  return MODELS.map((model) =>
+    make("div", { class: `model p${model.index}` }, ...heading(model), ...draw(model)),
+  );
 }
 
 /** A row of buttons as one stop of the tab key; arrows move inside. */

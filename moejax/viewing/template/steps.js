@@ -2,12 +2,17 @@
 
 function stageName(i) {
   const known = MODELS.every(({ gate }) => gate === MODELS[0].gate) && MODELS[0].gate;
-  return i === 2 ? { softmax: "Softmax", sigmoid: "Sigmoid" }[known] ?? "Scores" : STAGES[i][0];
+  return i === 2 ? ({ softmax: "Softmax", sigmoid: "Sigmoid" }[known] ?? "Scores") : STAGES[i][0];
 }
 
 const stepButtons = STAGES.map((_, i) =>
-  make("button", { type: "button", "data-step": i + 1, onclick: () => showStep(i + 1) },
-    make("span", { class: "index", "aria-hidden": "true" }, i + 1), stageName(i)));
+  make(
+    "button",
+    { type: "button", "data-step": i + 1, onclick: () => showStep(i + 1) },
+    make("span", { class: "index", "aria-hidden": "true" }, i + 1),
+    stageName(i),
+  ),
+);
 fill(byId("step-buttons"), ...stepButtons);
 roving(byId("step-buttons"));
 

@@ -17,7 +17,9 @@ function setText() {
   });
   const boxes = [...byId("panels").querySelectorAll(".lines")];
   for (const box of boxes)
-    box.addEventListener("scroll", () => boxes.forEach((other) => (other.scrollTop = box.scrollTop)));
+    box.addEventListener("scroll", () =>
+      boxes.forEach((other) => (other.scrollTop = box.scrollTop)),
+    );
 }
 
 /** Documents below each other where their domain is known, else behind each other. */
@@ -26,7 +28,9 @@ function lines(model) {
   const box = make("div", {
     class: "lines",
     role: "listbox",
-    "aria-label": `The text's ${count(TOKENS)} tokens. Arrow keys: left and right the token, up and down the layer`,
+    "aria-label":
+      `The text's ${count(TOKENS)} tokens. Arrow keys: left and right the token, ` +
+      `up and down the layer`,
   });
   let line = null;
   let domain = 0;
@@ -38,7 +42,11 @@ function lines(model) {
       if (domain) box.append(make("span", { class: "domain", "aria-hidden": "true" }, name));
       box.append(line);
     }
-    const span = make("span", { "data-t": t, role: "option", tabindex: -1 }, typeset(DATA.text.piece[t]));
+    const span = make(
+      "span",
+      { "data-t": t, role: "option", tabindex: -1 },
+      typeset(DATA.text.piece[t]),
+    );
     spans[model.index].push(span);
     line.append(span);
   }
@@ -47,7 +55,8 @@ function lines(model) {
 }
 
 /** A token as it stands in the text: line ends visible, and still line ends. */
-const typeset = (piece) => (piece === "" ? "∙" : piece.replaceAll("\n", "↵\n").replaceAll("\t", "⇥\t"));
+const typeset = (piece) =>
+  piece === "" ? "∙" : piece.replaceAll("\n", "↵\n").replaceAll("\t", "⇥\t");
 
 /** The colour of its choice; where an expert is selected, of that one or none. */
 function classOf(model, t) {
@@ -95,21 +104,31 @@ function focusToken(t) {
 }
 
 function legend() {
-  const selected = state.expert < 0 ? "" : ` Expert ${state.expert} is selected: its tokens stand out, Escape ends it.`;
-  const same = MODELS.length > 1 && PAIRED ? ` ${percent(agreement())} of the tokens go to the same expert in both.` : "";
+  const selected =
+    state.expert < 0
+      ? ""
+      : ` Expert ${state.expert} is selected: its tokens stand out, Escape ends it.`;
+  const same =
+    MODELS.length > 1 && PAIRED
+      ? ` ${percent(agreement())} of the tokens go to the same expert in both.`
+      : "";
   const choice = MODELS[0].R > 1 ? `${ordinal(state.rank + 1)} choice` : "expert";
   byId("legend").textContent =
     `Coloured by each token's ${choice} at layer ${MODELS[0].layers[state.layer]}. ` +
-    `Hatched: the expert was full and dropped it. Underlined: no expert. Click a token, or walk with the arrow keys.${same}${selected}`;
+    `Hatched: the expert was full and dropped it. Underlined: no expert. Click a token, or ` +
+    `walk with the arrow keys.${same}${selected}`;
 }
 
-const ordinal = (n) => `${n}${["th", "st", "nd", "rd"][n % 100 > 10 && n % 100 < 14 ? 0 : n % 10] ?? "th"}`;
+const ordinal = (n) =>
+  `${n}${["th", "st", "nd", "rd"][n % 100 > 10 && n % 100 < 14 ? 0 : n % 10] ?? "th"}`;
 
 /** The share of tokens whose choice is the same in both panels. */
 function agreement() {
   let same = 0;
   for (let t = 0; t < TOKENS; t++)
-    same += MODELS.every((m) => m.expert(t, state.layer, state.rank) === MODELS[0].expert(t, state.layer, state.rank));
+    same += MODELS.every(
+      (m) => m.expert(t, state.layer, state.rank) === MODELS[0].expert(t, state.layer, state.rank),
+    );
   return same / TOKENS;
 }
 
