@@ -21,6 +21,7 @@ VERBS = {
     "evaluate": "bits per byte of a run's checkpoint on held-out text",
     "generate": "write on from a prompt",
     "analyze": "what the routers of a run learned, beside chance",
+    "view": "a page that shows where each token of a text goes",
     "routers": "the catalogue of routers",
     "plan": "memory, FLOPs, collectives and speed on chips that are not here",
     "bench": "the layer's speed beside a dense feed-forward network",

@@ -127,6 +127,14 @@ def test_what_writes_stands_on_training_and_under_the_verbs() -> None:
     assert not offenders("moejax.generation", *(f"moejax.{name}" for name in above))
 
 
+def test_the_page_of_a_trace_needs_no_model() -> None:
+    for module in ("packing", "page", "panel", "pieces"):
+        allowed = ("moejax.viewing", "moejax.tracing")
+        assert not offenders(f"moejax.viewing.{module}", "moejax", "jax", allowed=allowed)
+    assert not offenders("moejax.viewing", "moejax.reporting", "moejax.compare", "moejax.view")
+    assert not offenders("moejax.training", "moejax.viewing")
+
+
 def test_the_dense_oracle_is_for_tests_and_notebooks() -> None:
     assert not offenders("moejax", "moejax.reference")
 
