@@ -53,7 +53,7 @@ def rope(x_BSHA: jax.Array, position_BS: jax.Array, theta: float) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention inside each document. Axes: A = width of a head, G = kv
+    """Grouped-query attention inside each document. Axes: A = width of a head, G = kv
     heads.
 
     With model.qk_norm queries and keys are normed before they are turned, over all heads together
@@ -126,10 +126,12 @@ def _attend(
     return jnp.einsum("bhst,btha->bsha", weight_BHsS, v_BSGA)
 
 
-def attention_mask(segment_BS: jax.Array) -> jax.Array:
-    """bool [B, S, S]: query position sees key positions up to itself, in its own document only."""
+def attention_mask(segment_BS: jax.Array, *, causal: bool = True) -> jax.Array:
+    """bool [B, S, S]: query position sees key positions of its own document; if causal, only those
+    up to itself."""
+    same_BSS = segment_BS[:, :, None] == segment_BS[:, None, :]
     causal_SS = jnp.tril(jnp.ones((segment_BS.shape[1],) * 2, bool))
-    return causal_SS[None] & (segment_BS[:, :, None] == segment_BS[:, None, :])
+    return causal_SS[None] & same_BSS if causal else same_BSS
 
 
 class FeedForward(nnx.Module):

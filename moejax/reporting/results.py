@@ -86,6 +86,12 @@ class Results:
     all_runs: tuple[Run, ...]
 
     @property
+    def unit(self) -> str:
+        """What a bpb counts."""
+        masked = any(run.value("config.data.mask_rate") for run in self.runs)
+        return "bits per masked byte" if masked else "bits per byte"
+
+    @property
     def runs(self) -> tuple[Run, ...]:
         """The finished runs: the only ones that tables and verdicts use."""
         return tuple(run for run in self.all_runs if run.missing is None)

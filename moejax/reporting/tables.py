@@ -70,9 +70,9 @@ def loss_table(results: Results) -> Table:
         cells += [_mean(runs, "eval.leak"), _mean(runs, "train.loss"), _mean(runs, "seconds")]
         rows.append(tuple(cells))
     notes = (
-        "bpb: bits per byte of the evaluation text, lower is better; sd over seeds. The difference "
-        "is paired by seed, ± its one-sided 95 % half width (as in the verdicts). Train loss: nats "
-        "per token, mean of the last 10 % of training.",
+        f"bpb: {results.unit} of the evaluation text, lower is better; sd over seeds. The "
+        "difference is paired by seed, ± its one-sided 95 % half width (as in the verdicts). Train "
+        "loss: nats per predicted token, mean of the last 10 % of training.",
         *_leak_notes(results),
     )
     return Table("loss", "Loss", columns, tuple(rows), notes).without_empty_columns()
@@ -86,7 +86,7 @@ def domain_table(results: Results) -> Table:
         for variant, runs in results.finished()
         if domains
     )
-    notes = ("Mean over seeds, bits per byte.",)
+    notes = (f"Mean over seeds, {results.unit}.",)
     return Table("domains", "Loss by domain", columns, rows, notes)
 
 
