@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import shutil
 import sys
 
 import jax
@@ -267,6 +268,28 @@ def test_compare_ends_in_a_report_and_again_trains_nothing(moejax, experiment, o
     assert "[1/1] switch/seed1" in err
     assert second["switch/seed1"][1] == [2, 4]
     assert json.loads((out / "switch/seed1/summary.json").read_text())["bpb"] == seeds[3]
+
+
+def test_runs_of_a_report_are_finished_for_another_machine(moejax, experiment, out, tmp_path):
+    """Of its summary.json alone; one run is missing there, and trained here."""
+    part, new = tmp_path / "committed", tmp_path / "new"
+    part.mkdir()
+    shutil.copy(out / "suite.json", part)
+    summary = json.loads((out / "summary.json").read_text())
+    *kept, last = sorted(summary["runs"], key=lambda run: (run["variant"], run["seed"]))
+    (part / "summary.json").write_text(json.dumps({**summary, "runs": kept}))
+    code, text, err = moejax("compare", experiment, f"--have={part}", f"--out={new}")
+    assert code == 0, err
+    assert list(finished(new)) == [f"{last['variant']}/seed{last['seed']}"] == RUNS[-1:]
+    again = json.loads((new / "summary.json").read_text())
+    assert sorted(r["variant"] for r in again["runs"]) == ["dense", "dense", "switch", "switch"]
+    for told in (again, summary):
+        told["bpb"] = {(r["variant"], r["seed"]): r["summary"]["bpb"] for r in told["runs"]}
+    assert again["bpb"] == summary["bpb"] and not again["incomplete"]
+    assert [v["text"] for v in again["verdicts"]] == [v["text"] for v in summary["verdicts"]]
+
+    answer = moejax("compare", experiment, f"--have={part}", "--config.model.ffn=64")
+    assert_refused(answer, "--have: dense/seed0 was a run with model.ffn=32, this one has model")
 
 
 def test_compare_refuses_the_folder_of_another_comparison(moejax, experiment, out):

@@ -121,9 +121,14 @@ def looks(config: Config) -> Dependence:
     """At what else the routing of a token looks as the model writes.
 
     Raises:
-      ValueError: at later tokens.
+      ValueError: at later tokens, as the attention of a model of masked tokens does, too.
     """
     moe, router = config.moe.evaluation(), config.router
+    if not config.causal:
+        raise ValueError(
+            f"data.mask_rate={config.data.mask_rate}: the model fills gaps, it cannot write on; "
+            "train it with data.mask_rate=0"
+        )
     if moe.slots:
         raise ValueError(
             f"moe.slots={moe.slots} (Soft MoE) mixes each token with later ones of its sequence, "

@@ -15,7 +15,7 @@ from moejax.model.layers import Kept, RMSNorm, attend, initial, rope
 
 
 class LatentAttention(nnx.Module):
-    """Causal attention inside each document.
+    """Attention inside each document.
 
         q = W_q norm(W_qd x) = [q_A, rope(q_R)]        (q_rank 0: q = W_q x)
         c = norm(W_d x);  k = [W_k c, rope(W_r x)];  v = W_v c

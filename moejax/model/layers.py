@@ -57,7 +57,7 @@ Kept = tuple[jax.Array, ...]
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention inside each document. Axes: A = width of a head, G = kv
+    """Grouped-query attention inside each document. Axes: A = width of a head, G = kv
     heads.
 
     With model.qk_norm queries and keys are normed before they are turned, over all heads together
@@ -142,17 +142,23 @@ def _attend(
 
 
 def attention_mask(
-    segment_BS: jax.Array, seen_BM: jax.Array | None = None, start: jax.Array | int = 0
+    segment_BS: jax.Array,
+    seen_BM: jax.Array | None = None,
+    start: jax.Array | int = 0,
+    *,
+    causal: bool = True,
 ) -> jax.Array:
-    """bool [B, S, M]: a token sees those up to itself, of its own document only.
+    """bool [B, S, M]: a token sees those of its own document; if causal, only those up to itself.
 
     seen_BM: the documents of all that is there to see, in which the tokens themselves begin at
     `start`; None = the tokens are all.
     """
     seen_BM = segment_BS if seen_BM is None else seen_BM
+    same_BSM = segment_BS[:, :, None] == seen_BM[:, None]
+    if not causal:
+        return same_BSM
     place_S, place_M = start + jnp.arange(segment_BS.shape[1]), jnp.arange(seen_BM.shape[1])
-    causal_SM = place_M[None] <= place_S[:, None]
-    return causal_SM[None] & (segment_BS[:, :, None] == seen_BM[:, None])
+    return (place_M[None] <= place_S[:, None])[None] & same_BSM
 
 
 class FeedForward(nnx.Module):

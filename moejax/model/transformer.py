@@ -1,5 +1,5 @@
-"""A decoder-only transformer whose feed-forward layers may have experts, scanned over its
-layers."""
+"""A transformer whose feed-forward layers may have experts, scanned over its layers. A decoder, and
+where tokens are masked an encoder: then attention sees later tokens too."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -180,7 +180,7 @@ class Transformer(nnx.Module):
         record: bool = False,
         head: Head | None = None,
     ) -> tuple[jax.Array, MoeStats | None]:
-        """Next-token logits.
+        """Logits of the next token; of the masked ones, if the config masks tokens.
 
         Args:
           token_BS: int32 ids.
@@ -297,4 +297,5 @@ class Transformer(nnx.Module):
             position_BS = jnp.broadcast_to(jnp.arange(token_BS.shape[1])[None], token_BS.shape)
         if valid_BS is None:
             valid_BS = jnp.ones(token_BS.shape, bool)
-        return Context(token_BS, position_BS, valid_BS, attention_mask(segment_BS))
+        mask_BSS = attention_mask(segment_BS, causal=self.config.causal)
+        return Context(token_BS, position_BS, valid_BS, mask_BSS)

@@ -23,7 +23,8 @@ def evaluate(
     """One evaluation record.
 
     Returns:
-      bpb: bits per byte of text, over all domains; bpb_domain; tokens; and for a model with experts
+      bpb: bits per byte of text, over all domains, and where tokens are masked per byte of those;
+      bpb_domain; tokens, and how many of them were targets; and for a model with experts
       max_vio_global (loads summed over the whole set), its floor under random routing, drop,
       left_behind, dead, load_LE; and by domain: load_domain [L, E], assignments, with the
       `specialisation` of experts, its floor, and the share of assignments that `recovered` the
@@ -47,6 +48,7 @@ def evaluate(
             if size
         },
         "tokens": int(sums.tokens),
+        "targets": int(sums.targets),
     }
     if sums.stats is not None:
         routing = figures(sums.stats)
