@@ -33,23 +33,22 @@ class Checkpoints:
         """newest: how many to keep; read_only: leave the folder as it is, a run may be writing
         there."""
         self._directory = workdir / "checkpoints"
-        best = keep.BestN(
-            get_metric_fn=_bpb, reverse=True, n=1, keep_checkpoints_without_metrics=False
-        )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(newest), best]),
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
-            read_only=read_only,
-        )
         if read_only and not self._directory.is_dir():
             raise FileNotFoundError(
                 f"no checkpoint in {self._directory}: the run has saved none yet"
             )
+        best = keep.BestN(
+            get_metric_fn=_bpb, reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
         with _without_warnings(read_only):
             self._manager = ocp.CheckpointManager(
                 self._directory.absolute(),
-                options=options,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(newest), best]),
+                    cleanup_tmp_directories=not read_only,
+                    create=not read_only,
+                    read_only=read_only,
+                ),
                 # Named here, because a new process could not tell what it finds otherwise.
                 item_handlers={
                     "state": ocp.StandardCheckpointHandler(),
