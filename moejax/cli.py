@@ -19,6 +19,7 @@ VERBS = {
     "compare": "train the variants of an experiment over seeds, and report",
     "report": "tables, plots and verdicts of finished runs",
     "evaluate": "bits per byte of a run's checkpoint on held-out text",
+    "generate": "write on from a prompt",
     "routers": "the catalogue of routers",
     "plan": "memory, FLOPs, collectives and speed on chips that are not here",
     "bench": "the layer's speed beside a dense feed-forward network",

@@ -33,7 +33,7 @@ def looped(config: Config, params: Any, token_BS: jax.Array, key: Any, state_LE:
             for block in one.blocks:
                 routed = hasattr(block.feed_forward, "router")
                 at = (keys[moe], state_LE[moe]) if routed else (None, None)
-                x_BSD, block_stats = block(x_BSD, context, *at)
+                x_BSD, block_stats, _ = block(x_BSD, context, *at)
                 if routed:
                     stats.append(block_stats)
                     moe += 1
