@@ -25,6 +25,7 @@ TOKENS = flags.DEFINE_integer("tokens", None, "how many to write; default: what 
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = always the likeliest token")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the likeliest tokens of this total probability")
 SEED = flags.DEFINE_integer("seed", 0, "of the draws of the first text; the next has seed + 1")
+TRACE = flags.DEFINE_string("trace", None, "a folder for the trace of which expert took what")
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the newest")
 
 
@@ -33,6 +34,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError("usage: moejax generate WORKDIR --prompt=TEXT")
     texts = _texts()
     from moejax.generation.sampling import checked
+    from moejax.generation.traced import save_trace, trace_written
     from moejax.generation.writing import write
     from moejax.training.saved import open_run
 
@@ -48,6 +50,8 @@ def main(arguments: list[str]) -> int:
         seed=SEED.value,
     )
     _show(run, prompts, written)
+    if TRACE.value is not None:
+        save_trace(Path(TRACE.value), trace_written(run, prompts, written), prompts)
     return 0
 
 

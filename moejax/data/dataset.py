@@ -141,7 +141,14 @@ class TextDataset:
         ids = self.encode(text)
         if not len(ids):
             raise ValueError("the text holds no token; give some characters")
-        windows = Windows([np.append(ids, SEPARATOR)], self.config.sequence)
+        return self.token_batches([ids], batch=batch, share=share)
+
+    def token_batches(
+        self, documents: Sequence[np.ndarray], *, batch: int = 0, share: Share = slice(None)
+    ) -> Sequence[Batch]:
+        """The same of several documents that are token ids already; each begins a row."""
+        streams = [np.append(ids, SEPARATOR) for ids in documents]
+        windows = Windows(streams, self.config.sequence)
         order = np.arange(len(windows))
         rows = _Fixed(windows, order, batch or self.config.batch, share)
         return [each._replace(domain_B=np.full_like(each.domain_B, PADDED_ROW)) for each in rows]

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moejax.causality import dependence
+from moejax.causality import Dependence, dependence
 from moejax.config import Config
 from moejax.data.tokenizer import SEPARATOR
 from moejax.dispatch import BATCH_AXES
@@ -102,7 +102,13 @@ def writing_config(config: Config, prompts: int, rows: int) -> Config:
         eval_capacity_factor=None,
     )
     if moe.experts:
-        _check(config, moe.groups, prompts, rows)
+        found = looks(config)
+        if (found.others or found.others_gradient) and prompts < rows:
+            raise ValueError(
+                f"router {config.router.label!r} with groups={moe.groups!r} compares the prompts "
+                f"of a batch, and {prompts} are not divisible by data x fsdp x expert of the mesh; "
+                f"give {rows}"
+            )
     data = dataclasses.replace(config.data, batch=rows)
     train = dataclasses.replace(config.train, accumulation=1)
     try:
@@ -111,25 +117,27 @@ def writing_config(config: Config, prompts: int, rows: int) -> Config:
         raise ValueError(f"{error}; a step writes one token of each of {rows} prompts") from None
 
 
-def _check(config: Config, groups: str, prompts: int, rows: int) -> None:
-    if config.moe.slots:
+def looks(config: Config) -> Dependence:
+    """At what else the routing of a token looks as the model writes.
+
+    Raises:
+      ValueError: at later tokens.
+    """
+    moe, router = config.moe.evaluation(), config.router
+    if moe.slots:
         raise ValueError(
-            f"moe.slots={config.moe.slots} (Soft MoE) mixes each token with later ones of its "
-            "sequence, which are not there yet: it cannot write"
+            f"moe.slots={moe.slots} (Soft MoE) mixes each token with later ones of its sequence, "
+            "which are not there yet: it cannot write"
         )
-    router = config.router
-    found = dependence(MoeOptions(router.make(), groups=groups), config.moe.experts, training=False)
+    options = MoeOptions(router.make(), groups=moe.groups)
+    found = dependence(options, moe.experts, training=False)
     if not found.causal:
         raise ValueError(
-            f"router {router.label!r} with groups={groups!r} looks at later tokens of a sequence, "
-            "which are not there yet: it cannot write (expert choice can where "
+            f"router {router.label!r} with groups={moe.groups!r} looks at later tokens of a "
+            "sequence, which are not there yet: it cannot write (expert choice can where "
             "moe.eval_groups='position')"
         )
-    if (found.others or found.others_gradient) and prompts < rows:
-        raise ValueError(
-            f"router {router.label!r} with groups={groups!r} compares the prompts of a batch, and "
-            f"{prompts} are not divisible by data x fsdp x expert of the mesh; give {rows}"
-        )
+    return found
 
 
 @functools.lru_cache(maxsize=8)

@@ -23,27 +23,19 @@ class Cache(NamedTuple):
     segment_BM: jax.Array
     used: jax.Array
 
-    def holding(self, kept: Any, segment_BS: jax.Array) -> "Cache":
-        """With S tokens more: kept, arrays [L, B, S, heads, width].
 
-        Raises:
-          ValueError: S above M. That `used` + S is not above M is for the caller to see to.
-        """
-        more, slots = segment_BS.shape[1], self.segment_BM.shape[1]
-        if more > slots:
-            raise ValueError(f"{more} tokens do not fit a cache of {slots} slots")
-        return Cache(
-            jax.tree.map(lambda a, new: placed(a, new, self.used, 2), self.kept, kept),
-            placed(self.segment_BM, segment_BS, self.used, 1),
-            self.used + more,
-        )
+def placed(slots: Any, new: Any, start: jax.Array | int, axis: int) -> Any:
+    """Arrays of M slots along `axis`, with what is kept of S tokens written in from `start` on.
 
+    Raises:
+      ValueError: S above M. That `start` + S is not above M is for the caller to see to.
+    """
 
-def placed(a: jax.Array, new: jax.Array, start: jax.Array | int, axis: int) -> jax.Array:
-    """`a` with `new` written into it from `start` on."""
-    return jax.lax.dynamic_update_slice_in_dim(a, new.astype(a.dtype), start, axis)
+    def place(a: jax.Array, new: jax.Array) -> jax.Array:
+        if new.shape[axis] > a.shape[axis]:
+            raise ValueError(
+                f"{new.shape[axis]} tokens do not fit a cache of {a.shape[axis]} slots"
+            )
+        return jax.lax.dynamic_update_slice_in_dim(a, new, start, axis)
 
-
-def seen(cache: Any, kept: Any, start: jax.Array | int) -> Any:
-    """One layer's slots [B, M, ...] with what is kept of the tokens [B, S, ...] in their place."""
-    return jax.tree.map(lambda a, new: placed(a, new, start, 1), cache, kept)
+    return jax.tree.map(place, slots, new)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.config import Config
-from moejax.model.cache import Cache, placed, seen
+from moejax.model.cache import Cache, placed
 from moejax.model.latent import LatentAttention
 from moejax.model.layers import (
     Attention,
@@ -69,8 +69,8 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, MoeStats | None, Kept | None]:
         normed_BSD, position_BS = self.attention_norm(x_BSD), context.position_BS
         kept = self.attention.keep(normed_BSD, position_BS)
-        there = kept if cache is None else seen(cache, kept, context.start)
-        x_BSD = x_BSD + self.attention(normed_BSD, there, context.mask_BSM, position_BS)
+        seen = kept if cache is None else placed(cache, kept, context.start, axis=1)
+        x_BSD = x_BSD + self.attention(normed_BSD, seen, context.mask_BSM, position_BS)
         normed_BSD = self.feed_forward_norm(x_BSD)
         returned = None if cache is None else kept
         if isinstance(self.feed_forward, FeedForward):
@@ -217,11 +217,12 @@ class Transformer(nnx.Module):
         that holds them too; the arguments are those of the call. Where no token's routing looks at
         others, the logits are those of a call with all tokens together."""
         start = cache.used
-        segment_BM = placed(cache.segment_BM, segment_BS, start, 1)
+        segment_BM = placed(cache.segment_BM, segment_BS, start, axis=1)
         mask_BSM = attention_mask(segment_BS, segment_BM, start)
         context = Context(token_BS, position_BS, valid_BS, mask_BSM, start)
         x_BSD, _, kept = self._layers(context, (None, router_state, None), cache.kept)
-        return self._head(x_BSD, head), cache.holding(kept, segment_BS)
+        kept = placed(cache.kept, kept, start, axis=2)
+        return self._head(x_BSD, head), Cache(kept, segment_BM, start + token_BS.shape[1])
 
     def empty_cache(self, rows: int, slots: int) -> Cache:
         """For so many rows of text, each of so many tokens."""

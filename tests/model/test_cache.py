@@ -108,13 +108,16 @@ def test_in_bfloat16_up_to_its_rounding(attention: dict[str, Any]) -> None:
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
-    """Alone without padding, or behind padding beside a longer row: the same."""
+    """Beside another row, and alone without the padding: the same."""
     config = CASES["grouped"]
     graph, params = build(config)
-    state, token_BS = state_of(config), tokens()
-    together = both(graph, params, state, token_BS, rows([0, 2]))[1][1, 2:]
-    alone = whole(graph, params, state, token_BS[1:, 2:], {})[0]
-    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-6)
+    state, token_BS, of = state_of(config), tokens(), rows([0, 2])
+    got = both(graph, params, state, token_BS, of)[1]
+    other = both(graph, params, state, token_BS.at[0].set(tokens(1)[0]), of)[1]
+    np.testing.assert_allclose(other[1], got[1], rtol=0, atol=1e-6)
+    assert np.abs(other[0] - got[0]).max() > 0.1
+    alone = nnx.merge(graph, params)(token_BS[1:, 2:], router_state=state)[0]
+    close(got[1:, 2:], alone)
 
 
 def test_what_is_kept_of_latent_attention_is_the_latent() -> None:
@@ -122,7 +125,12 @@ def test_what_is_kept_of_latent_attention_is_the_latent() -> None:
     model = nnx.merge(*build(CASES["latent"]))
     cache = model.empty_cache(ROWS, LENGTH)
     assert [a.shape for a in jax.tree.leaves(cache.kept)] == [(1, ROWS, LENGTH, 1, 7)] * 2
-    text = str(jax.make_jaxpr(lambda c: model.extend(c, tokens()[:, :1], **one()))(cache))
+    state = state_of(CASES["latent"])
+
+    def read(cache):
+        return model.extend(cache, tokens()[:, :1], router_state=state, **one())
+
+    text = str(jax.make_jaxpr(read)(cache))
     assert f"f32[{ROWS},{LENGTH},2,4]" not in text  # no head's keys of all tokens
 
 
