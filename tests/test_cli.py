@@ -10,6 +10,7 @@ import pytest
 from absl import flags
 
 from moejax import cli
+from moejax.tracing import open_trace
 from moejax.training.records import read_records
 from tests import tiny
 
@@ -435,3 +436,39 @@ def test_plan_of_gpus_and_of_what_does_not_fit(moejax, experiment, tmp_path):
         "plan", experiment, "--topology=h100:1x8", *large, "--search", "--tries=2"
     )
     assert code == 1 and out.startswith("tried") and "none of 2 tries fits h100:1x8" in err
+
+
+def test_generate_writes_on(moejax, out, tmp_path):
+    run, prompts = out / "switch/seed0", tmp_path / "prompts"
+    prompts.write_text("class A\nThe\n")
+    before = tiny.snapshot(run)
+    code, text, err = moejax(
+        *("generate", run, "--prompt=def f", f"--prompts={prompts}", "--tokens=4"),
+        f"--trace={tmp_path / 'trace'}",
+    )
+    assert code == 0, err
+    assert text.startswith("--- 1\ndef f") and "--- 2\nclass A" in text and "--- 3\nThe" in text
+    assert "tokens/s" in err.splitlines()[-1]
+    assert open_trace(tmp_path / "trace").read().document_T[-1] == 2
+    assert tiny.snapshot(run) == before
+
+
+@pytest.mark.parametrize(
+    ("flags_", "words"),
+    [
+        ([], ["--prompt=TEXT or --prompts=FILE"]),
+        (["--prompt=a", "--prompt="], ["prompt 2 of 2 is empty"]),
+        (["--prompts=NUL"], ["prompt 1 of 1 holds a NUL character at byte 1"]),
+        (["--prompts=NONE"], ["No such file"]),
+        (["--prompt=a", "--top_p=2"], ["top_p=2.0 must be in (0, 1]"]),
+        (["--prompt=a", "--tokens=0"], ["--tokens=0 must be at least 1"]),
+        (["--prompt=abc", "--tokens=30"], ["3 tokens and 30 new ones", "32 positions"]),
+        (["--prompt=" + "a" * 32], ["32 tokens and 1 new ones", "shorten the prompt"]),
+    ],
+)
+def test_generate_refuses_in_one_line(moejax, out, tmp_path, flags_, words):
+    (tmp_path / "nul").write_bytes(b"a\0b")
+    paths = {"NUL": str(tmp_path / "nul"), "NONE": str(tmp_path / "none")}
+    for name, path in paths.items():
+        flags_ = [flag.replace(name, path) for flag in flags_]
+    assert_refused(moejax("generate", out / "switch/seed0", *flags_), *words)

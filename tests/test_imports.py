@@ -100,7 +100,7 @@ def test_configuration_builds_no_model() -> None:
 
 @pytest.mark.parametrize("low", ["config", "model", "moe", "reference"])
 def test_nothing_low_imports_what_is_above(low: str) -> None:
-    above = ("training", "reporting", "train", "compare", "evaluate", "report")
+    above = ("training", "generation", "reporting", "train", "compare", "evaluate", "report")
     assert not offenders(f"moejax.{low}", *(f"moejax.{name}" for name in above))
 
 
@@ -109,8 +109,13 @@ def test_model_does_not_read_data() -> None:
 
 
 def test_training_needs_no_report_and_no_comparison() -> None:
-    above = ("reporting", "compare", "report", "train")
+    above = ("reporting", "generation", "compare", "report", "train")
     assert not offenders("moejax.training", *(f"moejax.{name}" for name in above))
+
+
+def test_what_writes_stands_on_training_and_under_the_verbs() -> None:
+    above = ("reporting", "viewing", "cli", "train", "compare", "report", "generate")
+    assert not offenders("moejax.generation", *(f"moejax.{name}" for name in above))
 
 
 def test_the_dense_oracle_is_for_tests_and_notebooks() -> None:

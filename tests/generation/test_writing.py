@@ -90,7 +90,9 @@ def test_a_separator_ends_a_text(run: SavedRun) -> None:
 
 def test_the_trace_is_of_what_was_written(run: SavedRun, greedy: Written, tmp_path) -> None:
     save_trace(tmp_path, trace_written(run, PROMPTS, greedy), PROMPTS)
-    (part,) = open_trace(tmp_path).parts()
+    files = open_trace(tmp_path)
+    assert files.info["prompt_tokens"] == [5, 3, 12]
+    part = files.part(1)
     texts = [[*prompt, *ids] for prompt, ids in zip(PROMPTS, greedy.token_ids, strict=True)]
     assert part.trace.token_T.tolist() == [token for text in texts for token in text]
     assert part.tokens_B.tolist() == [len(text) for text in texts]
