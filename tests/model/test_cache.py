@@ -127,15 +127,16 @@ def test_what_is_kept_of_latent_attention_is_the_latent() -> None:
     assert [a.shape for a in jax.tree.leaves(cache.kept)] == [(1, ROWS, LENGTH, 1, 7)] * 2
     state = state_of(CASES["latent"])
 
-    def read(cache):
-        return model.extend(cache, tokens()[:, :1], router_state=state, **one())
+    def has_keys_of_heads(size: int) -> bool:
+        """Where `size` tokens are read: all tokens' keys or values of both heads."""
+        of = jax.tree.map(lambda a: a[:, :size], rows([0, 0]))
 
-    text = str(jax.make_jaxpr(read)(cache))
-    assert f"f32[{ROWS},{LENGTH},2,4]" not in text  # no head's keys of all tokens
+        def read(cache):
+            return model.extend(cache, tokens()[:, :size], router_state=state, **of)
 
+        return f"f32[{ROWS},{LENGTH},2,4]" in str(jax.make_jaxpr(read)(cache))
 
-def one() -> dict[str, jax.Array]:
-    return jax.tree.map(lambda a: a[:, :1], rows([0, 0]))
+    assert has_keys_of_heads(2) and not has_keys_of_heads(1)
 
 
 def test_more_tokens_than_slots_are_refused() -> None:
