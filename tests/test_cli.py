@@ -512,3 +512,13 @@ def test_generate_refuses_in_one_line(moejax, out, tmp_path, flags_, words):
     for name, path in paths.items():
         flags_ = [flag.replace(name, path) for flag in flags_]
     assert_refused(moejax("generate", out / "switch/seed0", *flags_), *words)
+
+
+def test_view_writes_a_page_and_refuses_a_model_that_routes_nothing(moejax, out, tmp_path):
+    page = tmp_path / "view.html"
+    code, text, err = moejax("view", out / "switch/seed0", "--prompt=def f(x):", f"--out={page}")
+    assert code == 0, err
+    assert text.startswith(f"{page}: 9 tokens")
+    assert "switch/seed0, step 4</title>" in page.read_text()
+    answer = moejax("view", out / "dense/seed0", f"--out={page}")
+    assert_refused(answer, "no layer of this model routes")

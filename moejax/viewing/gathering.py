@@ -1,5 +1,6 @@
 """From the folder of a run to a panel: the checkpoint is opened and traced over the text."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -52,9 +53,11 @@ def panel_of(name: str, workdir: Path, run: SavedRun, trace: Trace) -> Panel:
 
 
 def names(workdirs: Sequence[Path]) -> list[str]:
-    """A name of each run: the end of its path, by as many parts as tell them apart."""
+    """A name of each run: the end of its path, by as many parts as tell them apart. The folder of
+    a seed goes with its variant's."""
     paths = [workdir.resolve() for workdir in workdirs]
-    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+    fewest = 2 if any(re.fullmatch(r"seed\d+", path.name) for path in paths) else 1
+    for parts in range(fewest, max(len(path.parts) for path in paths) + 1):
         ends = ["/".join(path.parts[-parts:]) for path in paths]
         if len(set(ends)) == len(set(paths)):
             break
