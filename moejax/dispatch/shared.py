@@ -62,12 +62,17 @@ def shared_beside(p: Shared | None, x_TD: jax.Array, activation: str, spread: bo
     whole = _whole(p) if spread else p
     function, _ = ACTIVATIONS[activation]
 
+    @jax.named_scope("shared")
     def there() -> jax.Array:
         h_TF = x_TD @ whole.w_in_DF
         gate = whole.w_gate_DF
         return function(h_TF) if gate is None else function(x_TD @ gate) * h_TF
 
-    return Beside(there, lambda h_TF: h_TF @ whole.w_out_FD)
+    @jax.named_scope("shared")
+    def back(h_TF: jax.Array) -> jax.Array:
+        return h_TF @ whole.w_out_FD
+
+    return Beside(there, back)
 
 
 def shared_specs(p: Shared | None) -> Any:
