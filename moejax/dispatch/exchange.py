@@ -51,8 +51,10 @@ def _backward(axis_name: str, num_rows: int, sizes: Any, dy_MX: Any) -> tuple[An
     # compiled program, within which no transfer runs beside anything.
     def transposed(exchange: Any) -> Any:
         def run(dy_MX: jax.Array, *sizes: jax.Array) -> Any:
-            rows_NX = jnp.zeros((num_rows, *dy_MX.shape[1:]), dy_MX.dtype)
-            _, vjp = jax.vjp(lambda *ends: exchange(*ends, *sizes), rows_NX, jnp.zeros_like(dy_MX))
+            # The exchange is linear: its gradient needs shapes only, that vary as dy does.
+            output_MX = dy_MX - dy_MX
+            rows_NX = jnp.broadcast_to(output_MX[:1], (num_rows, *dy_MX.shape[1:]))
+            _, vjp = jax.vjp(lambda *ends: exchange(*ends, *sizes), rows_NX, output_MX)
             return vjp(dy_MX)
 
         return run
