@@ -13,9 +13,12 @@ from moejax.dispatch import (
     Experts,
     Plan,
     Shards,
+    Shared,
     expert_specs,
     mesh_shards,
     route_and_plan,
+    shared_beside,
+    shared_specs,
 )
 from moejax.dispatch.local import per_token, tokens_choose
 from moejax.routing import (
@@ -34,12 +37,14 @@ from moejax.routing import (
 class MoeParams(NamedTuple):
     """Weights of one MoE layer: the router's (float32) and the experts'.
 
-    `w_extra_DX` is for routers that look at more than one logit an expert; None for most.
+    `w_extra_DX` is for routers that look at more than one logit an expert; None for most. `shared`:
+    the experts that see every token, ungated; None where there are none.
     """
 
     w_router_DE: jax.Array
     experts: Experts
     w_extra_DX: jax.Array | None = None
+    shared: Shared | None = None
 
 
 class MoeOptions(NamedTuple):
@@ -80,7 +85,8 @@ def moe(
       record: put this routing into the statistics: `MoeStats.decisions`, arrays [B, S, ...].
 
     Returns:
-      y_BSD in x's dtype, zeros where no expert worked on a token, and the layer's statistics.
+      y_BSD in x's dtype, zeros where no expert worked on a token (besides the shared ones), and the
+      layer's statistics.
     """
     x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
     r = router_input(p, x_TD, valid_BS, token_BS, key, state, options.jitter)
@@ -90,7 +96,7 @@ def moe(
     shards = mesh_shards()
     layer = functools.partial(_layer, options=options, record=record, shards=shards)
     if not shards.axes:
-        return layer(p.experts, x_BSD, r)
+        return layer(p.experts, p.shared, x_BSD, r)
     if x_BSD.shape[0] % shards.count:
         raise ValueError(
             f"{x_BSD.shape[0]} sequences are not divisible by data x fsdp x expert = {shards.count}"
@@ -100,14 +106,18 @@ def moe(
     stats_cut: Any = dict.fromkeys(MoeStats._fields, whole) | {"decisions": cut}
     return jax.shard_map(
         layer,
-        in_specs=(expert_specs(p.experts), cut, r_cut._replace(state=whole)),
+        in_specs=(
+            *(expert_specs(p.experts), shared_specs(p.shared)),
+            *(cut, r_cut._replace(state=whole)),
+        ),
         out_specs=(cut, MoeStats(**stats_cut)),
         check_vma=False,
-    )(p.experts, x_BSD, r)
+    )(p.experts, p.shared, x_BSD, r)
 
 
 def _layer(
     p: Experts,
+    shared: Shared | None,
     x_BSD: jax.Array,
     r: RouterInput,
     *,
@@ -125,7 +135,8 @@ def _layer(
     )
     spread = bool(shards.axes)
     dispatch = DISPATCH[spread_dispatch(options) if spread else options.dispatch]
-    y_TD, output_ED = dispatch(p, x_TD, plan, options.activation, spread)
+    beside = shared_beside(shared, x_TD, options.activation, spread)
+    y_TD, output_ED = dispatch(p, x_TD, plan, options.activation, spread, beside)
     if spread:  # each device of the axis `tensor` has worked with a part of the hidden width
         y_TD, output_ED = jax.lax.psum((y_TD, output_ED), "tensor")
     if routing.rest_TD is not None:

@@ -116,7 +116,8 @@ def write(bench: Bench, folder: Path) -> None:
     name = jax.default_backend()
     (folder / f"{name}.json").write_text(json.dumps(to_json(bench), indent=1) + "\n")
     (folder / f"{name}.md").write_text(markdown(bench))
-    plot(bench, folder / f"{name}.png")
+    if bench.lines:
+        plot(bench, folder / f"{name}.png")
 
 
 def markdown(bench: Bench) -> str:

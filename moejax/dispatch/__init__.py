@@ -13,6 +13,7 @@ from moejax.dispatch.local import route_and_plan
 from moejax.dispatch.parallel import expert_specs
 from moejax.dispatch.plan import GROUPS, Plan, capacity, make_plan, num_groups, route
 from moejax.dispatch.shards import BATCH_AXES, Shards, mesh_shards
+from moejax.dispatch.shared import Shared, shared_beside, shared_specs
 
 DISPATCH: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "einsum": einsum,
@@ -28,6 +29,7 @@ __all__ = [
     "GROUPS",
     "Experts",
     "Plan",
+    "Shared",
     "Shards",
     "capacity",
     "dropless",
@@ -42,4 +44,6 @@ __all__ = [
     "num_groups",
     "route",
     "route_and_plan",
+    "shared_beside",
+    "shared_specs",
 ]

@@ -1,5 +1,8 @@
 """The exchange between expert shards: rows to the devices that hold their experts, and back."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -28,18 +31,46 @@ def ragged_all_to_all(
         the R devices of the axis; recv_sizes[j] = rows that come from device j.
       axis_name: the mesh axis.
     """
-    arrays = (
-        *(operand_NX, output_MX),
-        *(input_offsets_R, send_sizes_R, output_offsets_R, recv_sizes_R),
-    )
+    sizes = input_offsets_R, send_sizes_R, output_offsets_R, recv_sizes_R
+    return _exchange(axis_name, len(operand_NX), operand_NX, output_MX, sizes)
 
-    def native(*arrays: jax.Array) -> jax.Array:
-        return jax.lax.ragged_all_to_all(*arrays, axis_name=axis_name)
 
-    def emulated(*arrays: jax.Array) -> jax.Array:
-        return _gather_and_look_up(*arrays[:5], axis_name=axis_name)
-
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _exchange(axis_name: str, num_rows: int, operand_NX: Any, output_MX: Any, sizes: Any) -> Any:
+    native, emulated = _implementations(axis_name)
+    arrays = operand_NX, output_MX, *sizes
     return jax.lax.platform_dependent(*arrays, cpu=emulated, default=native)
+
+
+def _forward(axis_name: str, num_rows: int, *arguments: Any) -> tuple[Any, Any]:
+    return _exchange(axis_name, num_rows, *arguments), arguments[-1]
+
+
+def _backward(axis_name: str, num_rows: int, sizes: Any, dy_MX: Any) -> tuple[Any, Any, None]:
+    # The platform is chosen inside this rule: the gradient of a choice is a conditional in the
+    # compiled program, within which no transfer runs beside anything.
+    def transposed(exchange: Any) -> Any:
+        def run(dy_MX: jax.Array, *sizes: jax.Array) -> Any:
+            # The exchange is linear: its gradient needs shapes only, that vary as dy does.
+            output_MX = dy_MX - dy_MX
+            rows_NX = jnp.broadcast_to(output_MX[:1], (num_rows, *dy_MX.shape[1:]))
+            _, vjp = jax.vjp(lambda *ends: exchange(*ends, *sizes), rows_NX, output_MX)
+            return vjp(dy_MX)
+
+        return run
+
+    native, emulated = map(transposed, _implementations(axis_name))
+    drows = jax.lax.platform_dependent(dy_MX, *sizes, cpu=emulated, default=native)
+    return *drows, None
+
+
+_exchange.defvjp(_forward, _backward)
+
+
+def _implementations(axis_name: str) -> tuple[Any, Any]:
+    """The collective itself, and what stands in for it on CPUs."""
+    native = partial(jax.lax.ragged_all_to_all, axis_name=axis_name)
+    return native, lambda *arrays: _gather_and_look_up(*arrays[:5], axis_name=axis_name)
 
 
 def _gather_and_look_up(

@@ -6,10 +6,16 @@ import jax.numpy as jnp
 from moejax.dispatch.experts import Experts, experts_batched
 from moejax.dispatch.parallel import spread_batched
 from moejax.dispatch.plan import Plan
+from moejax.dispatch.shared import NOTHING, Beside, first
 
 
 def gather(
-    p: Experts, x_TD: jax.Array, plan: Plan, activation: str, spread: bool = False
+    p: Experts,
+    x_TD: jax.Array,
+    plan: Plan,
+    activation: str,
+    spread: bool = False,
+    beside: Beside = NOTHING,
 ) -> tuple[jax.Array, jax.Array]:
     """Same contract and result as `einsum`, in O(E C D) instead of O(T E C D)."""
     num_tokens = x_TD.shape[0]
@@ -22,10 +28,11 @@ def gather(
     weight_EC = weight_EC.at[where].set(plan.weight_N, mode="drop")
     x_ECD = x_TD.at[token_EC].get(mode="fill", fill_value=0)
     if spread:
-        y_ECD = spread_batched(p, x_ECD, activation)
+        y_ECD, beside_TD = spread_batched(p, x_ECD, activation, beside)
     else:
         used_E = jnp.zeros(num_experts, jnp.int32).at[plan.expert_N]
         y_ECD = experts_batched(p, x_ECD, activation, used_E.max(plan.slot_N + 1, mode="drop"))
+        beside_TD = beside.alone()
     y_ECD = y_ECD.astype(jnp.float32) * weight_EC[..., None]
-    y_TD = jnp.zeros(x_TD.shape, jnp.float32).at[token_EC].add(y_ECD, mode="drop")
+    y_TD = first(x_TD, beside_TD).at[token_EC].add(y_ECD, mode="drop")
     return y_TD.astype(x_TD.dtype), y_ECD.sum(1)

@@ -4,23 +4,19 @@ One function with one contract; `choose` says which implementation a platform ge
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 
 from moejax.dispatch import blocks, products
+from moejax.dispatch.measured import Choice, fastest
 from moejax.dispatch.products import Activation, manual_axes
 
 Weights = tuple[Array, ...]  # (w_in_EDF,) or (w_in_EDF, w_gate_EDF)
-
-
-class Choice(NamedTuple):
-    """An implementation, a key of IMPLEMENTATIONS, and the reason for it."""
-
-    name: str
-    why: str
 
 
 class Implementation(NamedTuple):
@@ -39,6 +35,7 @@ IMPLEMENTATIONS = {
     "blocks": Implementation(blocks.forward, blocks.backward),
     "ragged_dot": _on(products.RAGGED),
     "ragged_dot, kernel": _on(products.RAGGED_ON_TPU),
+    "tokamax": _on(products.TOKAMAX),
     "batched": _on(products.BATCHED),
 }
 
@@ -62,7 +59,35 @@ def choose(platform: str, buffers: bool = False) -> Choice:
             "lax.ragged_dot is a grouped product; its weight gradient, which JAX 0.10 expands to a "
             "masked dense one, is JAX's megablox kernel",
         )
-    return Choice("ragged_dot", "the compiler's own; no other one has been measured there")
+    return _on_gpu()
+
+
+@cache
+def _on_gpu() -> Choice:
+    """Measured at the first use, and kept as long as the process lives."""
+    if not find_spec("tokamax"):
+        return Choice("ragged_dot", "the compiler's own; tokamax is not installed")
+    if jax.default_backend() not in ("gpu", "cuda", "rocm"):
+        return Choice("ragged_dot", "the compiler's own; no GPU is here to measure others on")
+    if jax.process_count() > 1:
+        return Choice("ragged_dot", "the compiler's own; processes that measure may not agree")
+    with jax.ensure_compile_time_eval():  # a layer may be being traced
+        return fastest({name: partial(_trial, name) for name in ("ragged_dot", "tokamax")})
+
+
+def _trial(name: str, num_rows: int = 8192, dim: int = 1024, experts: int = 8) -> Any:
+    """Forward and backward of one implementation, in bfloat16, at an uneven load."""
+    rows_ND = jnp.ones((num_rows, dim), jnp.bfloat16)
+    w_EDD = jnp.ones((experts, dim, dim), jnp.bfloat16)
+    load_E = jnp.full(experts, num_rows // experts).at[0].add(-num_rows // experts // 2)
+    return _trial_step(name, rows_ND, w_EDD, load_E)
+
+
+@partial(jax.jit, static_argnums=0)
+def _trial_step(name: str, rows_ND: Array, w_EDD: Array, load_E: Array) -> Any:
+    made, ins = IMPLEMENTATIONS[name], (w_EDD, w_EDD)
+    y_ND, residuals = made.forward(jax.nn.silu, rows_ND, ins, w_EDD, load_E)
+    return made.backward(jax.nn.silu, y_ND, rows_ND, ins, w_EDD, load_E, residuals)
 
 
 def grouped_ffn(

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.dispatch.exchange import ragged_all_to_all
 from moejax.dispatch.experts import Experts, experts_batched, experts_grouped
+from moejax.dispatch.shared import NOTHING, Beside, gathered, meanwhile
 
 INWARDS, OUTWARDS = P("expert", "fsdp", "tensor"), P("expert", "tensor", "fsdp")
 
@@ -34,26 +35,34 @@ def expert_specs(p: Experts) -> Experts:
     return Experts(INWARDS, OUTWARDS, gate)  # type: ignore[arg-type]
 
 
-def spread_batched(p: Experts, x_ECD: jax.Array, activation: str) -> jax.Array:
-    """This device's rows for each of all E experts, [E, C, D], to what the experts make of them."""
+def spread_batched(
+    p: Experts, x_ECD: jax.Array, activation: str, beside: Beside = NOTHING
+) -> tuple[jax.Array, Any]:
+    """This device's rows for each of all E experts, [E, C, D], to what the experts make of them;
+    and what the work beside gives."""
     shards = jax.lax.axis_size("expert")
     num_experts, slots, dim = x_ECD.shape
     x_RECD = _swap(x_ECD.reshape(shards, num_experts // shards, slots, dim))
+    x_RECD, work = meanwhile(x_RECD, beside.there())
     x_EMD = jnp.moveaxis(x_RECD, 0, 1).reshape(num_experts // shards, shards * slots, dim)
     y_EMD = experts_batched(_whole(p), x_EMD, activation)
+    y_EMD, work = meanwhile(y_EMD, work)
     y_RECD = jnp.moveaxis(y_EMD.reshape(num_experts // shards, shards, slots, dim), 1, 0)
-    return _swap(y_RECD).reshape(x_ECD.shape)
+    y_RECD, done = meanwhile(_swap(y_RECD), beside.back(work))
+    return y_RECD.reshape(x_ECD.shape), done
 
 
-def spread_grouped(p: Experts, x_ND: jax.Array, load_E: jax.Array, activation: str) -> jax.Array:
+def spread_grouped(
+    p: Experts, x_ND: jax.Array, load_E: jax.Array, activation: str, beside: Beside = NOTHING
+) -> tuple[jax.Array, Any]:
     """This device's rows sorted by expert, load_E[e] for expert e of all E, to what the experts
-    make of them; the rows behind the last give 0.
+    make of them; the rows behind the last give 0. And what the work beside gives.
 
     A device has room for the rows of all devices of its axis, whatever the load.
     """
     shards = jax.lax.axis_size("expert")
     if shards == 1:
-        return experts_grouped(_whole(p), x_ND, load_E, activation)
+        return experts_grouped(_whole(p), x_ND, load_E, activation), beside.alone()
     sent_RE = load_E.reshape(shards, -1)
     came_RE = _swap(sent_RE)  # from each device, for each of my experts
     send_R, receive_R = sent_RE.sum(1), came_RE.sum(1)
@@ -62,23 +71,19 @@ def spread_grouped(p: Experts, x_ND: jax.Array, load_E: jax.Array, activation: s
     x_MD = ragged_all_to_all(
         *(x_ND, space_MD, send_at_R, send_R, _swap(receive_at_R), receive_R), axis_name="expert"
     )
+    x_MD, work = meanwhile(x_MD, beside.there())
     order_M = jnp.argsort(_experts_of(came_RE, x_MD.shape[0]), stable=True)
     y_MD = experts_grouped(_whole(p), x_MD[order_M], came_RE.sum(0), activation)
     y_MD = jnp.zeros_like(y_MD).at[order_M].set(y_MD, unique_indices=True)
-    return ragged_all_to_all(
+    y_MD, work = meanwhile(y_MD, work)
+    y_ND = ragged_all_to_all(
         *(y_MD, jnp.zeros_like(x_ND), receive_at_R, receive_R, _swap(send_at_R), send_R),
         axis_name="expert",
     )
+    return meanwhile(y_ND, beside.back(work))
 
 
 def _whole(p: Experts) -> Experts:
-    """This device's experts, gathered over `fsdp`. Backward: their gradients, scattered again."""
-
-    def gathered(w: jax.Array | None, axis: int) -> Any:
-        if w is None or jax.lax.axis_size("fsdp") == 1:
-            return w
-        return jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
-
     return Experts(gathered(p.w_in_EDF, 1), gathered(p.w_out_EFD, 2), gathered(p.w_gate_EDF, 1))
 
 

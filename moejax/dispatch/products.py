@@ -91,6 +91,19 @@ def _batched_weight_gradient(x_ECX: Array, w_EXY: Array, dy_ECY: Array, load_E: 
     return jnp.einsum("ecx,ecy->exy", x_ECX, dy_ECY)
 
 
+def tokamax_dot(x_NX: Array, w_EXY: Array, load_E: Array) -> Array:
+    """tokamax's grouped product, by the kernel that it picks for the device."""
+    import tokamax  # here: an extra, and slow to import
+
+    return tokamax.ragged_dot(x_NX, w_EXY, load_E)
+
+
+def tokamax_weight_gradient(x_NX: Array, w_EXY: Array, dy_NY: Array, load_E: Array) -> Array:
+    _, vjp = jax.vjp(lambda w_EXY: tokamax_dot(x_NX, w_EXY, load_E), w_EXY)
+    return vjp(dy_NY)[0]
+
+
+TOKAMAX = Products(tokamax_dot, tokamax_weight_gradient)
 RAGGED = Products(lax.ragged_dot, compiler_weight_gradient)
 RAGGED_ON_TPU = Products(lax.ragged_dot, kernel_weight_gradient)
 BATCHED = Products(_batched_dot, _batched_weight_gradient)

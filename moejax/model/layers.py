@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.config import ModelConfig
-from moejax.dispatch import ACTIVATIONS
+from moejax.dispatch import ACTIVATIONS, Shared, shared_beside
 
 
 def initial(
@@ -172,12 +172,11 @@ class FeedForward(nnx.Module):
         gated = ACTIVATIONS[config.activation][1]
         self.w_gate_DF = initial(rngs, (d, width), (0,), scale) if gated else None
 
+    def weights(self) -> Shared:
+        """As the layer with experts takes them."""
+        gate = None if self.w_gate_DF is None else self.w_gate_DF[...]
+        return Shared(self.w_in_DF[...], self.w_out_FD[...], gate)
+
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        dtype = x_BSD.dtype
-        function, _ = ACTIVATIONS[self.config.activation]
-        h_BSF = x_BSD @ self.w_in_DF[...].astype(dtype)
-        if self.w_gate_DF is None:
-            h_BSF = function(h_BSF)
-        else:
-            h_BSF = function(x_BSD @ self.w_gate_DF[...].astype(dtype)) * h_BSF
-        return h_BSF @ self.w_out_FD[...].astype(dtype)
+        p = jax.tree.map(lambda w: w.astype(x_BSD.dtype), self.weights())
+        return shared_beside(p, x_BSD, self.config.activation, spread=False).alone()

@@ -91,12 +91,14 @@ class MoE(nnx.Module):
         experts = Experts(self.w_in_EDF[...], self.w_out_EFD[...], None)
         if self.w_gate_EDF is not None:
             experts = experts._replace(w_gate_EDF=self.w_gate_EDF[...])
-        experts = jax.tree.map(lambda w: w.astype(self.dtype), experts)
+        shared = None if self.shared is None else self.shared.weights()
+        experts, shared = jax.tree.map(lambda w: w.astype(self.dtype), (experts, shared))
         y_BSD, stats = moe(
             MoeParams(
                 self.w_router_DE[...],
                 experts,
                 None if self.w_extra_DX is None else self.w_extra_DX[...],
+                shared,
             ),
             x_BSD.astype(self.dtype),
             options=self.options,
@@ -107,6 +109,4 @@ class MoE(nnx.Module):
             recorded=recorded,
             record=record,
         )
-        if self.shared is not None:
-            y_BSD = y_BSD + self.shared(x_BSD.astype(self.dtype))
         return y_BSD.astype(x_BSD.dtype), stats

@@ -18,6 +18,9 @@ TPU_FLAGS = {
     "--xla_tpu_enable_async_all_to_all=true": (
         "tokens travel to their experts while dense parts of the layer are computed"
     ),
+    "--xla_tpu_enable_async_ragged_all_to_all=true": (
+        "the same for rows that travel sorted; off by default"
+    ),
     "--xla_enable_async_all_gather=true": (
         "the weights of the next layer, cut over `fsdp`, arrive while this one is computed"
     ),

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.config import MeshConfig
-from moejax.dispatch import Experts
+from moejax.dispatch import Experts, Shared
 from moejax.moe import MoeOptions, MoeParams, moe
 from moejax.planning.collectives import collectives
 from moejax.planning.hlo import parse
@@ -84,6 +84,8 @@ PARAMS = MoeParams(
     normal(DIM, EXPERTS),
     Experts(normal(EXPERTS, DIM, FFN), normal(EXPERTS, FFN, DIM), normal(EXPERTS, DIM, FFN)),
 )
+SHARED = Shared(normal(DIM, FFN), normal(FFN, DIM), normal(DIM, FFN))
+WITH_SHARED = {"einsum", "loss-free", "noise in sequences"}  # one of each dispatch
 X_BSD = normal(ROWS, LENGTH, DIM).at[..., 0].set(1.0)  # a feature that makes all crowd at expert 1
 COTANGENT_BSD = normal(ROWS, LENGTH, DIM)
 VALID_BS = jnp.asarray(RANDOM.random((ROWS, LENGTH)) < 0.8)
@@ -94,7 +96,7 @@ TOKEN_BS = jnp.asarray(RANDOM.integers(0, VOCAB, (ROWS, LENGTH)), jnp.int32)
 def params(name: str) -> MoeParams:
     columns = make_router(*CASES[name][:2]).columns(EXPERTS)
     if not columns:
-        return PARAMS
+        return PARAMS._replace(shared=SHARED if name in WITH_SHARED else None)
     extra_DX = np.random.default_rng(1).normal(size=(DIM, columns)) / DIM
     return PARAMS._replace(w_extra_DX=jnp.asarray(extra_DX, jnp.float32))
 
@@ -127,7 +129,9 @@ def compiled_layer(name: str, mesh: MeshConfig):
     weights = (NamedSharding(grid, SHARDINGS[w]) for w in ("w_in_EDF", "w_out_EFD", "w_gate_EDF"))
     p, whole = params(name), NamedSharding(grid, P())
     extra = None if p.w_extra_DX is None else whole
-    where = (MoeParams(whole, Experts(*weights), extra), tokens, tokens)
+    beside = (NamedSharding(grid, SHARDINGS[w]) for w in ("w_in_DF", "w_out_FD", "w_gate_DF"))
+    shared = None if p.shared is None else Shared(*beside)
+    where = (MoeParams(whole, Experts(*weights), extra, shared), tokens, tokens)
     jitted = jax.jit(run)
     with jax.set_mesh(grid):
         arguments = jax.device_put((p, X_BSD, VALID_BS), where)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from moejax.dispatch import BATCH_AXES, Experts, grouped_ffn
+from moejax.dispatch import BATCH_AXES, Experts, Shared, grouped_ffn
 from moejax.moe import MoeOptions, MoeParams, moe
 from moejax.planning import show, topology
 from moejax.planning.chips import parse_topology
@@ -24,6 +24,7 @@ from moejax.planning.search import candidates, changes, meshes, search
 from moejax.planning.topology import topology_devices
 from moejax.routing import make_router
 from moejax.sharding import make_mesh
+from moejax.training.flags import TPU_FLAGS
 from moejax.training.program import lay_out
 from tests.tiny import tiny
 
@@ -176,19 +177,24 @@ def test_candidates_are_possible_meshes():
     assert changes(CONFIG, third) == "--config.model.remat=full"
 
 
-def test_dropless_rows_travel_in_ragged_exchanges():
-    """Two of rows forward and two backward; nobody gathers the rows of others."""
+DIM, ROWS = 512, 1024  # of the layer; rows of each of eight devices
+
+
+@pytest.fixture(scope="module")
+def dropless_layer():
+    """The text of a layer with shared experts, forward and backward, as training compiles it."""
     mesh = make_mesh(CONFIG.mesh, topology_devices(EIGHT))
     options = MoeOptions(make_router("topk"), "dropless")
 
     def lies(shape, *cut, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*cut)))
 
-    dim, hidden, experts, rows = 128, 256, 8, 128
-    into = lies((experts, dim, hidden), "expert")
+    hidden, experts = 1024, 8
+    into = lies((experts, DIM, hidden), "expert")
     p = MoeParams(
-        lies((dim, experts), dtype=jnp.float32),
-        Experts(into, lies((experts, hidden, dim), "expert"), into),
+        lies((DIM, experts), dtype=jnp.float32),
+        Experts(into, lies((experts, hidden, DIM), "expert"), into),
+        shared=Shared(lies((DIM, hidden)), lies((hidden, DIM)), lies((DIM, hidden))),
     )
 
     def loss(p, x_BSD):
@@ -197,12 +203,34 @@ def test_dropless_rows_travel_in_ragged_exchanges():
         return jnp.square(y_BSD.astype(jnp.float32)).mean() + stats.z
 
     with jax.set_mesh(mesh):
-        x_BSD = lies((8, rows, dim), BATCH_AXES)
-        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(p, x_BSD).compile()
-    module = parse(compiled.as_text())
-    found = collectives(module, runs(module), dict(mesh.shape))
+        x_BSD = lies((8, ROWS, DIM), BATCH_AXES)
+        lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(p, x_BSD)
+        flags = dict(flag.removeprefix("--").split("=") for flag in TPU_FLAGS)
+        return lowered.compile(compiler_options=flags).as_text()
+
+
+def test_dropless_rows_travel_in_ragged_exchanges(dropless_layer):
+    """Two of rows forward and two backward; nobody gathers the rows of others."""
+    module = parse(dropless_layer)
+    mesh = {"data": 1, "fsdp": 1, "expert": 8, "tensor": 1}
+    found = collectives(module, runs(module), mesh)
     ragged = [c for c in found if c.kind == "ragged-all-to-all"]
     assert sorted(c.backward for c in ragged) == [False, False, True, True]
-    # What else is said is counts: less than one device's rows.
-    others = [c for c in found if c.kind != "ragged-all-to-all"]
-    assert others and max(c.bytes for c in others) < rows * dim * 2
+    # What else is exchanged is counts: less than one device's rows. (Gradients are added up.)
+    others = [c for c in found if c.kind not in ("ragged-all-to-all", "all-reduce")]
+    assert others and max(c.bytes for c in others) < ROWS * DIM * 2
+
+
+def test_shared_experts_work_while_rows_travel(dropless_layer):
+    """In the scheduled program their products stand between the start of an exchange and its end:
+    the hidden rows on the way there, the outputs on the way back, and backward alike."""
+    beside, under_way = [], None
+    for line in dropless_layer[dropless_layer.index("\nENTRY") :].splitlines():
+        if " ragged-all-to-all-start(" in line:
+            under_way = 0
+        elif " ragged-all-to-all-done(" in line:
+            beside.append(under_way)
+            under_way = None
+        elif under_way is not None:
+            under_way += "shared" in line and "dot_general" in line
+    assert len(beside) == 4 and all(products for products in beside), beside
