@@ -17,10 +17,10 @@ from .tables import is_moe
 
 def load_figure(results: Results) -> Figure | None:
     """Load per layer and expert at the last evaluation, of the first seed."""
-    arms = _moe_arms(results, lambda run: _final_load(run) is not None)
+    arms = moe_arms(results, lambda run: _final_load(run) is not None)
     if not arms:
         return None
-    figure, axes = _panels(len(arms), 1.9)
+    figure, axes = panels(len(arms), 1.9)
     for panel, (variant, run) in zip(axes, arms, strict=True):
         load_LE = _final_load(run)
         assert load_LE is not None
@@ -42,10 +42,10 @@ def load_figure(results: Results) -> Figure | None:
 
 def load_history_figure(results: Results) -> Figure | None:
     """Load per expert of the last MoE layer over the training batches, first seed."""
-    arms = _moe_arms(results, lambda run: len(_history(run)[0]) > 1)
+    arms = moe_arms(results, lambda run: len(_history(run)[0]) > 1)
     if not arms:
         return None
-    figure, axes = _panels(len(arms), 2.3)
+    figure, axes = panels(len(arms), 2.3)
     for panel, (variant, run) in zip(axes, arms, strict=True):
         steps, load_SE = _history(run)
         image = _heat(panel, _fair_share(load_SE).T, (float(steps[0]), float(steps[-1])))
@@ -63,7 +63,8 @@ def load_history_figure(results: Results) -> Figure | None:
     )
 
 
-def _moe_arms(results: Results, wanted: Callable[[Run], bool]) -> list[tuple[str, Run]]:
+def moe_arms(results: Results, wanted: Callable[[Run], bool]) -> list[tuple[str, Run]]:
+    """Variants with experts and their first seed's run, where it has what is wanted."""
     return [(v, runs[0]) for v, runs in results.finished() if is_moe(runs[0]) and wanted(runs[0])]
 
 
@@ -101,7 +102,8 @@ def _fair_share(load_XE: np.ndarray) -> np.ndarray:
     return load_XE.shape[1] * load_XE / np.where(total_X1 > 0, total_X1, 1)
 
 
-def _panels(count: int, height: float) -> tuple[Canvas, list[Axes]]:
+def panels(count: int, height: float) -> tuple[Canvas, list[Axes]]:
+    """A figure of so many panels, of a height in inches each, and they."""
     columns = math.ceil(count / math.ceil(count / 4))
     rows = math.ceil(count / columns)
     figure, axes = canvas(rows, columns, max(4.5, 10 * min(columns, 3) / 3), height * rows + 0.2)
