@@ -1,0 +1,68 @@
+"""Saturation: what a layer chose early of what it chooses at the end. By hand, and of a run."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from moejax.tracing import Trace, TraceMeta, open_trace
+from moejax.training.settling import common_L, keep, saturation
+from tests.training.test_records import events
+
+
+def trace(expert_TLR) -> Trace:
+    """Of these experts of four; what else there is does not matter."""
+    experts = np.asarray(expert_TLR, np.uint8)
+    tokens, layers = experts.shape[:2]
+    ids, empty = np.arange(tokens, dtype=np.int32), np.zeros((tokens, layers), np.float32)
+    return Trace(
+        TraceMeta(4, tuple(range(layers))),
+        *(ids, ids, ids, np.zeros_like(ids), ids, experts),
+        *(np.ones(experts.shape, np.float32), np.zeros(experts.shape, bool), empty, empty),
+    )
+
+
+# Two tokens, two layers, two choices; 4 = nowhere.
+LAST = trace([[[0, 1], [2, 4]], [[2, 3], [1, 0]]])
+EARLY = trace([[[1, 2], [2, 3]], [[0, 1], [0, 1]]])
+
+
+def test_common_choices_by_hand() -> None:
+    # Layer 0: {0, 1} and {1, 2} share 1, {2, 3} and {0, 1} none: 1 of 4. Layer 1: {2} is in
+    # {2, 3}, {1, 0} = {0, 1} in whatever order: 3 of 3.
+    np.testing.assert_allclose(common_L(EARLY, LAST), [0.25, 1.0])
+    np.testing.assert_allclose(common_L(LAST, LAST), [1.0, 1.0])
+    other = dataclasses.replace(EARLY, token_T=EARLY.token_T + 1)
+    with pytest.raises(ValueError, match="compares the same tokens: these are 2 and 2"):
+        common_L(other, LAST)
+
+
+def test_evaluations_are_kept_and_held_to_the_last(tmp_path) -> None:
+    keep(tmp_path, 10, LAST)
+    assert saturation(tmp_path) == {}
+    keep(tmp_path, 20, EARLY)
+    keep(tmp_path, 100, LAST)
+    keep(tmp_path, 10, EARLY)  # made again
+    found = saturation(tmp_path)
+    assert found["step"] == [10, 20] and found["saturation_SL"] == [[0.25, 1.0]] * 2
+    assert found["tokens"] == 2 and found["floor"] == (4 + 3) / 4 / 4  # K = 7 / 4 a layer
+
+
+def test_a_run_says_how_early_it_settled(finished) -> None:
+    workdir, summary = finished
+    steps = [5, 10, 12]
+    folders = sorted((workdir / "evaluations").iterdir())
+    assert [int(folder.name) for folder in folders] == steps
+    first, last = open_trace(folders[0]).read(), open_trace(folders[-1]).read()
+    found = summary["saturation"]
+    assert found["step"] == steps[:2] and found["floor"] == 0.5
+    assert found["tokens"] == len(last) > 400
+    np.testing.assert_allclose(found["saturation_SL"][0], common_L(first, last))
+    assert min(found["saturation_SL"][0]) > 0 and np.max(found["saturation_SL"]) <= 1
+    assert json.loads((workdir / "summary.json").read_text())["saturation"] == found
+    board = events(workdir / "tensorboard")
+    shown = [value for _, value in board["eval/saturation_L/1"]]
+    np.testing.assert_allclose(shown, [layers[1] for layers in found["saturation_SL"]], rtol=1e-6)
+    assert [step for step, _ in board["eval/load"]] == steps
+    assert len(board["train/max_vio_L/0"]) == len(board["train/max_vio"])
