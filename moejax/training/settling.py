@@ -1,6 +1,8 @@
 """How early a run's routing settles: at each evaluation the same validation tokens' routing is kept
 as a trace, WORKDIR/evaluations/STEP, and at the end held to the last one."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +25,30 @@ def saturation(workdir: Path) -> dict[str, Any]:
 
     Returns:
       step: of each evaluation but the last; saturation_SL: the shares; floor: that of a routing by
-      chance, K / E; tokens. {} where fewer than two evaluations were kept.
+      chance, K / E; tokens. {} where fewer than two evaluations of the same tokens were kept:
+      another attempt at the run may have had another train.eval_rows.
     """
-    folders = sorted((workdir / FOLDER).glob("[0-9]*"))
-    if len(folders) < 2:
+    kept = list(_kept(workdir))
+    if not kept:
         return {}
-    *before, last = (open_trace(folder).read() for folder in folders)
+    *kept, (_, last) = kept
+    before = [(s, each) for s, each in kept if np.array_equal(each.token_T, last.token_T)]
+    if not before:
+        return {}
     assigned = last.expert_TLR < last.meta.experts
     return {
-        "step": [int(folder.name) for folder in folders[:-1]],
-        "saturation_SL": [common_L(each, last).tolist() for each in before],
+        "step": [step for step, _ in before],
+        "saturation_SL": [common_L(each, last).tolist() for _, each in before],
         "floor": float(assigned.sum(-1).mean() / last.meta.experts),
         "tokens": len(last),
     }
+
+
+def _kept(workdir: Path) -> Iterator[tuple[int, Trace]]:
+    """(step, trace) of each evaluation; one that a kill left unfinished is passed over."""
+    for folder in sorted((workdir / FOLDER).glob("[0-9]*")):
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            yield int(folder.name), open_trace(folder).read()
 
 
 def common_L(earlier: Trace, last: Trace) -> np.ndarray:

@@ -44,6 +44,9 @@ def test_evaluations_are_kept_and_held_to_the_last(tmp_path) -> None:
     keep(tmp_path, 20, EARLY)
     keep(tmp_path, 100, LAST)
     keep(tmp_path, 10, EARLY)  # made again
+    keep(tmp_path, 30, EARLY[:1])  # of other tokens
+    keep(tmp_path, 40, EARLY)
+    (tmp_path / "evaluations/00000040/00000001-00000001.npz").unlink()
     found = saturation(tmp_path)
     assert found["step"] == [10, 20] and found["saturation_SL"] == [[0.25, 1.0]] * 2
     assert found["tokens"] == 2 and found["floor"] == (4 + 3) / 4 / 4  # K = 7 / 4 a layer
