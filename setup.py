@@ -21,6 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["moejax", "moejax.*"]),
+    package_data={"moejax.viewing": ["template/*"]},
     install_requires=[
         "absl-py>=2",
         "array_record>=0.7",
@@ -44,8 +45,9 @@ setup(
             *TPU,
             "mypy>=1.15",
             "pytest>=8",
-            "pytest-xdist>=3",
+            "pytest-xdist>=3.8",
             "ruff>=0.9",
+            "selenium>=4",
             *NOTEBOOKS,
         ],
         "notebooks": NOTEBOOKS,

@@ -5,8 +5,8 @@ turns: they survive a busy machine, single times do not. --full changes one size
 K, D, F, T and the load's skew.
 """
 
-import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from absl import flags
@@ -17,14 +17,16 @@ from moejax.benching.layer import Measured
 from moejax.benching.shapes import CASES, EIGHT, LARGE, SIXTEEN, sweep
 from moejax.benching.show import Bench, Row
 
+if TYPE_CHECKING:
+    from moejax.benching.step import Step
+
 REPEATS = flags.DEFINE_integer("repeats", 5, "turns; more for a busy machine", 1)
-FULL = flags.DEFINE_bool("full", False, "sweep all sizes and skews, and the model's depth")
+FULL = flags.DEFINE_bool("full", False, "also sweep sizes and skews, and the forward pass alone")
 ONLY = flags.DEFINE_list("only", [], "only these cases; 'step' is the training step")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of rows and weights")
-PEERS = flags.DEFINE_bool("peers", True, "Hugging Face's block in PyTorch, where it is installed")
-JSON = flags.DEFINE_string("json", None, "also write the figures here")
-PLOT = flags.DEFINE_string("plot", None, "also draw the shares here, as PNG")
-AGAINST = flags.DEFINE_string("against", None, "a saved run, shown beside this one")
+PEERS = flags.DEFINE_bool("peers", True, "Hugging Face's Mixtral in PyTorch, where installed")
+OUT = flags.DEFINE_string("out", None, "also write figures, table and plot into this folder")
+AGAINST = flags.DEFINE_string("against", None, "a saved run's JSON, shown beside this one")
 
 
 def main(arguments: list[str]) -> int:
@@ -48,18 +50,16 @@ def main(arguments: list[str]) -> int:
     if "step" in wanted:
         from moejax.benching import step  # here: the layer's benchmark needs no data stack
 
-        whole = step.measure(repeats)
-        depths = {n: step.compile_seconds(n) for n in step.DEPTHS if FULL.value}
-    bench = Bench(machine, lines, budgets(lines), whole, depths)
+        whole = step.measure(repeats, PEERS.value and peers.possible())
+        depths = {layers: step.compile_seconds(layers) for layers in step.DEPTHS}
+    bench = Bench(machine, lines, [*layer_budgets(lines), *step_budgets(whole)], whole, depths)
     print(show.text(bench, against))
-    if JSON.value:
-        Path(JSON.value).write_text(json.dumps(show.to_json(bench), indent=1))
-    if PLOT.value:
-        show.plot(bench, Path(PLOT.value))
+    if OUT.value:
+        show.write(bench, Path(OUT.value))
     return 0
 
 
-def budgets(lines: list[Measured]) -> list[Row]:
+def layer_budgets(lines: list[Measured]) -> list[Row]:
     """What was measured beside what must be reached."""
     share = {(line.case, line.way): line.share for line in lines if line.both}
 
@@ -81,6 +81,14 @@ def budgets(lines: list[Measured]) -> list[Row]:
         lost = 1 - overhead
         rows.append(Row("router + dispatch + combine, share", lost, "<= 0.15", lost <= 0.15))
     return rows
+
+
+def step_budgets(whole: "Step | None") -> list[Row]:
+    """The whole step beside the peer's, where both were measured."""
+    if whole is None or whole.peer is None:
+        return []
+    ratio = whole.peer.ours
+    return [Row("training step / HF Mixtral's", ratio, ">= 1.5", ratio >= 1.5)]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@
 
 Several processes train each run together: the same command on each, as with `moejax train`. A
 variant's run that is finished is not run again, one that was cut is resumed. Run some variants here
-and some on another machine (--variants), then `moejax report DIR DIR ...` joins them.
+and some on another machine (--variants), then `moejax report DIR DIR ...` joins them; or let the
+second machine have the first one's report (--have=DIR), whose runs are finished for it too: so a
+comparison of many hours is done in parts, from committed reports alone.
 
 With --learning_rates=0.5,1,2 each variant is first trained at each of these shares of its learning
 rate, on a seed of its own, and keeps the one of the lowest training loss.
@@ -24,12 +26,13 @@ from ml_collections import ConfigDict
 
 from moejax import cli, meeting
 from moejax.config import Config, override
-from moejax.reporting import Suite, load, write_report
+from moejax.reporting import Results, Suite, load, write_report
 
 OUT = flags.DEFINE_string("out", None, "output folder; default runs/EXPERIMENT/SCALE")
 VARIANTS = flags.DEFINE_list("variants", [], "only these variants")
 SEEDS = flags.DEFINE_list("seeds", [], "these seeds instead of the experiment's")
 RATES = flags.DEFINE_list("learning_rates", [], "learning rates to try, in shares of each arm's")
+HAVE = flags.DEFINE_list("have", [], "reports of a part of this comparison: not run again")
 NOTE = flags.DEFINE_string("note", "", "a remark for the report, e.g. cores shared with other jobs")
 flags.adopt_module_key_flags(meeting)
 TRIALS = "learning_rates"  # their folder below the output folder
@@ -46,6 +49,11 @@ def main(arguments: list[str]) -> int:
     base, factors = flags.FLAGS.config, parse_factors(RATES.value)
     configs = upcycled(plan(suite, base, VARIANTS.value), suite, out)
     trials = plan_trials(suite, base, VARIANTS.value, factors) if factors else {}
+    have = load(*HAVE.value) if HAVE.value else None
+    rates: dict[str, Any] = {}
+    if have is not None:
+        rates = have.suite.get("learning_rates", {}) if factors else {}
+        trials = {name: c for name, c in trials.items() if name.split("/")[1] not in rates}
     from moejax.training.loop import Stopped
     from moejax.training.meter import NonFiniteLoss
     from moejax.training.processes import first, meet
@@ -54,14 +62,16 @@ def main(arguments: list[str]) -> int:
     described = {**suite.to_json(), "experiment": f"{path}:{scale}"}
     described["command"] = " ".join(["moejax compare", f"{path}:{scale}", *changes(sys.argv)])
     described["note"] = NOTE.value
-    waiting = claim_all(trials or configs, out)
+    waiting = claim_all(trials, out) if trials else {}
     try:
         if trials:
             train_all(waiting, out, may_diverge=True)
             meet()  # the last summary is written
-            described["learning_rates"] = rates = best_rates(trials, out)
+            rates |= best_rates(trials, out)
+        if rates:
+            described["learning_rates"] = rates
             configs = {name: at_rate(c, rates[name.split("/")[0]]) for name, c in configs.items()}
-            waiting = claim_all(configs, out)
+        waiting = claim_all(lacking(configs, have), out)
         first((out / "suite.json").write_text, json.dumps(described, indent=2))
         train_all(waiting, out)
     except Stopped as stop:
@@ -70,12 +80,12 @@ def main(arguments: list[str]) -> int:
     except NonFiniteLoss as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    first(report, suite, out)
+    first(report, suite, out, HAVE.value)
     return 0
 
 
-def report(suite: Suite, out: Path) -> None:
-    print(write_report(load(out), suite, out))
+def report(suite: Suite, out: Path, have: list[str]) -> None:
+    print(write_report(load(out, *have), suite, out))
     print(f"report: {out / 'report.html'}")
 
 
@@ -181,6 +191,28 @@ def plan_trials(
         for name, config in plan(own, base, only).items()
         for factor in factors
     }
+
+
+def lacking(configs: Mapping[str, Config], have: Results | None) -> dict[str, Config]:
+    """The runs that earlier reports do not hold.
+
+    Raises:
+      ValueError: one that they hold was another run, or arms start from other arms.
+    """
+    if have is None:
+        return dict(configs)
+    from moejax.training.checkpoint import differs
+
+    there = {run.name: run.config for run in have.runs}
+    for name, config in configs.items():
+        if config.train.upcycle:
+            raise ValueError(
+                f"--have: {name} starts from another arm's weights, which a report does not hold; "
+                "carry on in the folder of its runs (--out)"
+            )
+        if name in there and (difference := differs(there[name], config)):
+            raise ValueError(f"--have: {name} was a run with {difference}")
+    return {name: config for name, config in configs.items() if name not in there}
 
 
 def at_rate(config: Config, rate: Mapping[str, Any]) -> Config:

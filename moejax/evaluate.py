@@ -31,7 +31,8 @@ def main(arguments: list[str]) -> int:
         trace_meta(config, run.dataset)  # refuses a model without experts before it computes
     record = evaluate(config, run.program, run.state, run.dataset)
     step = int(run.state.step)
-    print(f"step {step}: bits per byte {record['bpb']:.4f} on {record['tokens']:,} tokens")
+    masked = "" if config.causal else "masked "
+    print(f"step {step}: bits per {masked}byte {record['bpb']:.4f} on {record['targets']:,} tokens")
     for name, bpb in record["bpb_domain"].items():
         print(f"  {name:<12}{bpb:.4f}")
     if "max_vio_global" in record:

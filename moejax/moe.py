@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from moejax.dispatch import (
@@ -168,7 +169,8 @@ def router_input(
     key_T = None if key is None else _token_keys(key, valid_BS.shape)
     if jitter and key_T is not None:
         x_TD = x_TD * _jitter(key_T, x_TD.shape[-1], jitter)
-    r = RouterInput(_project(x_TD, p.w_router_DE), valid_BS.reshape(-1), key_T, state)
+    logits_TE = checkpoint_name(_project(x_TD, p.w_router_DE), "routing")
+    r = RouterInput(logits_TE, valid_BS.reshape(-1), key_T, state)
     if token_BS is not None:
         next_BS = jnp.concatenate([token_BS[:, 1:], token_BS[:, -1:]], axis=1)
         r = r._replace(token_T=token_BS.reshape(-1), next_T=next_BS.reshape(-1))

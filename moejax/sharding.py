@@ -43,6 +43,7 @@ SHARDINGS: dict[str, P] = {
     "batch_B": P(BATCH_AXES),
     "embed_read_VD": P("tensor", None),
     "x_BSD": P(BATCH_AXES, None, None),
+    "kept_LBMGA": P(None, BATCH_AXES, None, P.UNCONSTRAINED, None),
 }
 
 

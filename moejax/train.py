@@ -40,13 +40,14 @@ def main(arguments: list[str]) -> int:
     except NonFiniteLoss as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    first(_show, summary)
+    first(_show, config, summary)
     return 0
 
 
-def _show(summary: dict[str, Any]) -> None:
-    domains = summary["eval"]["bpb_domain"].items()
-    print(f"bits per byte {summary['bpb']:.4f}:  " + "  ".join(f"{n} {b:.4f}" for n, b in domains))
+def _show(config: Config, summary: dict[str, Any]) -> None:
+    masked = "" if config.causal else "masked "
+    domains = "  ".join(f"{n} {b:.4f}" for n, b in summary["eval"]["bpb_domain"].items())
+    print(f"bits per {masked}byte {summary['bpb']:.4f}:  {domains}")
     print(f"{summary['step']} steps in {summary['seconds']:.0f} s, in {WORKDIR.value}")
 
 

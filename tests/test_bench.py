@@ -9,6 +9,7 @@ from moejax import bench
 from moejax.benching import layer, peers, show
 from moejax.benching.layer import Measured
 from moejax.benching.shapes import CASES, Case, plan_of, sweep
+from moejax.benching.step import Peer, Step
 
 TINY = Case("tiny", 8, 16, 4, 2, 64, ways=("einsum", "gather", "dropless", "ragged_dot"))
 
@@ -59,7 +60,7 @@ def line(case: str, way: str, share: float) -> Measured:
 
 
 def test_ratios_are_held_against_their_budgets() -> None:
-    found = bench.budgets(
+    found = bench.layer_budgets(
         [
             *(line("large", way, share) for way, share in (("dense", 1.0), ("dropless", 0.8))),
             *(line("large", way, share) for way, share in (("experts", 1.0), ("layer", 0.9))),
@@ -74,21 +75,29 @@ def test_ratios_are_held_against_their_budgets() -> None:
 
 
 def test_a_saved_run_stands_beside_a_new_one(lines, tmp_path) -> None:
-    run = show.Bench(show.machine("float32"), lines, [], None, {4: 1.0})
-    (tmp_path / "run.json").write_text(json.dumps(show.to_json(run)))
-    before = show.shares_of(tmp_path / "run.json")
+    peer = Peer("HF Mixtral", 0.4, 0.4, 0.4, 1e3, ours=2.0)
+    whole = Step(0.2, 0.2, 0.2, 2e3, 0.5, 0.01, 3.0, 4.0, 2**20, peer)
+    budgets = bench.step_budgets(whole)
+    run = show.Bench(show.machine("float32"), lines, budgets, whole, {4: 1.0, 16: 1.1})
+    show.write(run, tmp_path)
+    before = show.shares_of(tmp_path / "cpu.json")
     assert before == {line.key: line.share for line in lines}
     text = show.text(run, dict.fromkeys(before, 0.125))
     assert text.count("    0.12") + text.count("    0.13") >= len(lines)
     assert "experts on sorted rows: blocks (lax.ragged_dot is masked-dense" in text
-    assert "compile time by layers: 1.0 s at 4" in text
-    show.plot(run, tmp_path / "run.png")
-    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "cpu.md").read_text()
+    for where in (text, page):
+        assert "compile time by layers: 1.0 s at 4, 1.1 s at 16" in where
+        assert "in turns, ours is 2.00 times as fast" in where
+    assert "| training step / HF Mixtral's | 2.00 | >= 1.5 |" in page
+    assert page.count("| uniform | ") == len(lines)
+    assert json.loads((tmp_path / "cpu.json").read_text())["step"]["peer"]["ours"] == 2.0
+    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not what `moejax bench --json` wrote"):
+    with pytest.raises(ValueError, match="is not what `moejax bench --out` wrote"):
         show.shares_of(tmp_path / "other.json")
 
 
 def test_peers_that_are_not_installed_are_left_out(monkeypatch) -> None:
-    monkeypatch.setattr(peers, "installed", lambda: False)
+    monkeypatch.setattr(peers, "possible", lambda: False)
     assert peers.measure(TINY, 1) == []

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import shutil
 import sys
 
 import jax
@@ -269,6 +270,28 @@ def test_compare_ends_in_a_report_and_again_trains_nothing(moejax, experiment, o
     assert json.loads((out / "switch/seed1/summary.json").read_text())["bpb"] == seeds[3]
 
 
+def test_runs_of_a_report_are_finished_for_another_machine(moejax, experiment, out, tmp_path):
+    """Of its summary.json alone; one run is missing there, and trained here."""
+    part, new = tmp_path / "committed", tmp_path / "new"
+    part.mkdir()
+    shutil.copy(out / "suite.json", part)
+    summary = json.loads((out / "summary.json").read_text())
+    *kept, last = sorted(summary["runs"], key=lambda run: (run["variant"], run["seed"]))
+    (part / "summary.json").write_text(json.dumps({**summary, "runs": kept}))
+    code, text, err = moejax("compare", experiment, f"--have={part}", f"--out={new}")
+    assert code == 0, err
+    assert list(finished(new)) == [f"{last['variant']}/seed{last['seed']}"] == RUNS[-1:]
+    again = json.loads((new / "summary.json").read_text())
+    assert sorted(r["variant"] for r in again["runs"]) == ["dense", "dense", "switch", "switch"]
+    for told in (again, summary):
+        told["bpb"] = {(r["variant"], r["seed"]): r["summary"]["bpb"] for r in told["runs"]}
+    assert again["bpb"] == summary["bpb"] and not again["incomplete"]
+    assert [v["text"] for v in again["verdicts"]] == [v["text"] for v in summary["verdicts"]]
+
+    answer = moejax("compare", experiment, f"--have={part}", "--config.model.ffn=64")
+    assert_refused(answer, "--have: dense/seed0 was a run with model.ffn=32, this one has model")
+
+
 def test_compare_refuses_the_folder_of_another_comparison(moejax, experiment, out):
     before = tiny.snapshot(out)
     answer = moejax("compare", experiment, f"--out={out}", "--config.model.ffn=64")
@@ -331,6 +354,22 @@ def test_evaluate_prints_the_runs_own_bits_per_byte(moejax, out, tmp_path):
     answer = moejax("evaluate", out / "dense/seed0", f"--trace={tmp_path}/no")
     assert_refused(answer, "no layer of this model routes tokens to experts")
     assert_refused(moejax("evaluate", run, "--step=3"), "no checkpoint of step 3", "[4]")
+    assert tiny.snapshot(run) == before
+
+
+def test_analyze_writes_a_page(moejax, out, tmp_path):
+    run = out / "switch/seed0"
+    before = tiny.snapshot(run)
+    code, text, err = moejax("analyze", run, "--rows=16", "--noablation", f"--out={tmp_path}/a")
+    assert code == 0, err
+    assert "switch" in (tmp_path / "a/analysis.html").read_text()
+    assert "MaxVio" in text and f"page: {tmp_path}/a/analysis.html" in text
+    assert_refused(moejax("analyze", out / "dense/seed0"), "moe.experts=0", "nothing to analyse")
+    assert_refused(moejax("analyze", run, "--step=3"), "no checkpoint of step 3", "[4]")
+    assert_refused(moejax("analyze", run, "--data=stdlb"), "did you mean 'stdlib'")
+    assert_refused(moejax("analyze", run, f"--data={tmp_path}/none.txt"), "none.txt")
+    assert_refused(moejax("analyze"), "usage: moejax analyze RUN_OR_TRACE")
+    assert_refused(moejax("analyze", tmp_path), "neither a run (config.json) nor a trace")
     assert tiny.snapshot(run) == before
 
 
@@ -441,3 +480,39 @@ def test_plan_of_gpus_and_of_what_does_not_fit(moejax, experiment, tmp_path):
         "plan", experiment, "--topology=h100:1x8", *large, "--search", "--tries=2"
     )
     assert code == 1 and out.startswith("tried") and "none of 2 tries fits h100:1x8" in err
+
+
+def test_generate_writes_on(moejax, out, tmp_path):
+    run, prompts = out / "switch/seed0", tmp_path / "prompts"
+    prompts.write_text("class A\nThe\n")
+    before = tiny.snapshot(run)
+    code, text, err = moejax(
+        *("generate", run, "--prompt=def f", f"--prompts={prompts}", "--tokens=4"),
+        f"--trace={tmp_path / 'trace'}",
+    )
+    assert code == 0, err
+    assert text.startswith("--- 1\ndef f") and "--- 2\nclass A" in text and "--- 3\nThe" in text
+    assert "tokens/s" in err.splitlines()[-1]
+    assert open_trace(tmp_path / "trace").read().document_T[-1] == 2
+    assert tiny.snapshot(run) == before
+
+
+@pytest.mark.parametrize(
+    ("flags_", "words"),
+    [
+        ([], ["--prompt=TEXT or --prompts=FILE"]),
+        (["--prompt=a", "--prompt="], ["prompt 2 of 2 is empty"]),
+        (["--prompts=NUL"], ["prompt 1 of 1 holds a NUL character at byte 1"]),
+        (["--prompts=NONE"], ["No such file"]),
+        (["--prompt=a", "--top_p=2"], ["top_p=2.0 must be in (0, 1]"]),
+        (["--prompt=a", "--tokens=0"], ["--tokens=0 must be at least 1"]),
+        (["--prompt=abc", "--tokens=30"], ["3 tokens and 30 new ones", "32 positions"]),
+        (["--prompt=" + "a" * 32], ["32 tokens and 1 new ones", "shorten the prompt"]),
+    ],
+)
+def test_generate_refuses_in_one_line(moejax, out, tmp_path, flags_, words):
+    (tmp_path / "nul").write_bytes(b"a\0b")
+    paths = {"NUL": str(tmp_path / "nul"), "NONE": str(tmp_path / "none")}
+    for name, path in paths.items():
+        flags_ = [flag.replace(name, path) for flag in flags_]
+    assert_refused(moejax("generate", out / "switch/seed0", *flags_), *words)

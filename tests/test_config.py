@@ -63,7 +63,8 @@ WRONG = [
     ({"model__layers": "4"}, "model.layers='4' is a str, must be int"),
     ({"model__layers": 4.0}, "model.layers=4.0 is a float, must be int"),
     ({"model__layers": True}, "model.layers=True is a bool, must be int"),
-    ({"model__remat": 1}, "model.remat=1 is a int, must be bool"),
+    ({"model__remat": 1}, "model.remat=1 is a int, must be str"),
+    ({"model__remat": "ful"}, "unknown model.remat 'ful'; did you mean 'full'"),
     ({"moe__capacity_factor": "1"}, "moe.capacity_factor='1' is a str, must be float or NoneType"),
     ({"router__k": 2.5}, "router.k=2.5 is a float, must be int"),
     ({"router__renormalise": "no"}, "router.renormalise='no' is a str, must be bool"),
@@ -129,6 +130,11 @@ def test_a_wrong_config_says_what_and_how(changes: dict[str, Any], message: str)
 def test_expert_choice_fits_where_the_numbers_do() -> None:
     config = Config.from_dict(tree(router=EC, moe__groups="position", train__accumulation=4))
     assert config.choices == 2  # 2 x 4 / 8 = 1 for each position
+
+
+def test_a_config_from_before_remat_was_a_choice_still_reads() -> None:
+    read = [Config.from_dict(tree(model__remat=old)).model.remat for old in (False, True)]
+    assert read == ["none", "full"]
 
 
 def test_a_dense_config_asks_nothing_of_the_router() -> None:

@@ -98,7 +98,7 @@ def kind(config):
         *(model.activation, model.remat, model.attention, model.qk_norm),
         *(bool(moe.experts), bool(moe.slots), bool(moe.shared), moe.every),
         *(moe.dispatch, moe.capacity_factor is None, moe.groups, moe.eval_groups),
-        *(config.router.name, options, config.train.accumulation > 1),
+        *(config.router.name, options, config.train.accumulation > 1, config.causal),
     )
 
 

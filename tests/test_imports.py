@@ -104,7 +104,7 @@ def test_configuration_builds_no_model() -> None:
 
 @pytest.mark.parametrize("low", ["config", "model", "moe", "reference"])
 def test_nothing_low_imports_what_is_above(low: str) -> None:
-    above = ("training", "reporting", "train", "compare", "evaluate", "report")
+    above = ("training", "generation", "reporting", "train", "compare", "evaluate", "report")
     assert not offenders(f"moejax.{low}", *(f"moejax.{name}" for name in above))
 
 
@@ -112,9 +112,27 @@ def test_model_does_not_read_data() -> None:
     assert not offenders("moejax.model", "moejax.data")
 
 
+def test_measures_know_traces_and_routing_only() -> None:
+    mine = ("moejax.analysis", "moejax.tracing", "moejax.routing")
+    assert not offenders("moejax.analysis", "moejax", "flax", allowed=mine)
+
+
 def test_training_needs_no_report_and_no_comparison() -> None:
-    above = ("reporting", "compare", "report", "train")
+    above = ("reporting", "generation", "analyzing", "compare", "report", "train", "analyze")
     assert not offenders("moejax.training", *(f"moejax.{name}" for name in above))
+
+
+def test_what_writes_stands_on_training_and_under_the_verbs() -> None:
+    above = ("reporting", "viewing", "cli", "train", "compare", "report", "generate")
+    assert not offenders("moejax.generation", *(f"moejax.{name}" for name in above))
+
+
+def test_the_page_of_a_trace_needs_no_model() -> None:
+    for module in ("packing", "page", "panel", "pieces"):
+        allowed = ("moejax.viewing", "moejax.tracing")
+        assert not offenders(f"moejax.viewing.{module}", "moejax", "jax", allowed=allowed)
+    assert not offenders("moejax.viewing", "moejax.reporting", "moejax.compare", "moejax.view")
+    assert not offenders("moejax.training", "moejax.viewing")
 
 
 def test_the_dense_oracle_is_for_tests_and_notebooks() -> None:

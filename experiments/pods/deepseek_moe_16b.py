@@ -19,7 +19,7 @@ def get_config(scale: str = "full") -> ConfigDict:
     if scale != "full":
         raise ValueError(f"unknown scale {scale!r}; known: full")
     config = default_config()
-    config.model.update(layers=28, dim=2048, heads=16, ffn=10944, dtype="bfloat16", remat=True)
+    config.model.update(layers=28, dim=2048, heads=16, ffn=10944, dtype="bfloat16", remat="full")
     config.router = router_config("deepseek_moe", k=6)
     config.moe.update(experts=64, ffn=1408, shared=2, first_dense=1)
     config.balance.load_balance = 0.001

@@ -23,7 +23,7 @@ def get_config(scale: str = "full") -> ConfigDict:
     config = default_config()
     config.model.update(layers=61, dim=7168, heads=128, head_dim=128, ffn=18432)
     config.model.update(attention="latent", q_rank=1536, kv_rank=512, rope_dim=64)
-    config.model.update(dtype="bfloat16", remat=True, query_block=512)
+    config.model.update(dtype="bfloat16", remat="full", query_block=512)
     config.router = router_config(
         "deepseek_v3", k=8, expert_groups=8, top_groups=4, route_scale=2.5, bias_rate=1e-3
     )

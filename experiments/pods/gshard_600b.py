@@ -22,7 +22,7 @@ def get_config(scale: str = "full") -> ConfigDict:
         raise ValueError(f"unknown scale {scale!r}; known: full")
     config = default_config()
     config.model.update(layers=36, dim=1024, heads=16, head_dim=128, ffn=8192, activation="relu")
-    config.model.update(remat=True)
+    config.model.update(remat="full")
     config.router = router_config("gshard_top2")
     config.moe.update(experts=2048, every=2, dispatch="gather", groups="sequence")
     config.moe.update(capacity_factor=1.0, eval_capacity_factor=1.0)

@@ -19,7 +19,7 @@ def get_config(scale: str = "full") -> ConfigDict:
         raise ValueError(f"unknown scale {scale!r}; known: full")
     config = default_config()
     config.model.update(layers=32, dim=4096, heads=32, kv_heads=8, ffn=14336, rope_theta=1e6)
-    config.model.update(dtype="bfloat16", remat=True, query_block=512)
+    config.model.update(dtype="bfloat16", remat="full", query_block=512)
     config.router = router_config("topk", k=2, renormalise=True)
     config.moe.experts = 8
     config.balance.load_balance = 0.01

@@ -20,7 +20,7 @@ def get_config(scale: str = "full") -> ConfigDict:
         raise ValueError(f"unknown scale {scale!r}; known: full")
     config = default_config()
     config.model.update(layers=16, dim=2048, heads=16, ffn=1024, qk_norm=True)
-    config.model.update(dtype="bfloat16", remat=True, query_block=512)
+    config.model.update(dtype="bfloat16", remat="full", query_block=512)
     config.router = router_config("topk", k=8)
     config.moe.experts = 64
     config.balance.update(load_balance=0.01, router_z=0.001)

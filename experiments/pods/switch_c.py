@@ -22,7 +22,7 @@ def get_config(scale: str = "full") -> ConfigDict:
         raise ValueError(f"unknown scale {scale!r}; known: full")
     config = default_config()
     config.model.update(layers=30, dim=2080, heads=32, head_dim=64, ffn=6144, activation="relu")
-    config.model.update(init_scale=0.1, dtype="bfloat16", remat=True)
+    config.model.update(init_scale=0.1, dtype="bfloat16", remat="full")
     config.router = router_config("switch")
     config.moe.update(experts=2048, dispatch="gather", groups="sequence", jitter=0.01)
     config.moe.update(capacity_factor=1.0, eval_capacity_factor=2.0)

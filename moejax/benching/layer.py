@@ -46,7 +46,11 @@ class Measured(NamedTuple):
     @property
     def key(self) -> str:
         """Names the line in a saved run."""
-        return f"{self.case} | {self.way} | {'forward + backward' if self.both else 'forward'}"
+        return f"{self.case} | {self.way} | {self.passes}"
+
+    @property
+    def passes(self) -> str:
+        return "forward + backward" if self.both else "forward"
 
 
 def dense(p: Experts, x_ND: jax.Array, _: Any) -> jax.Array:

@@ -13,14 +13,16 @@ from moejax.benching.shapes import Case
 from moejax.benching.timing import compiled, in_turns, rate
 
 
-def installed() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+def possible() -> bool:
+    """Whether the packages are installed, and both run on the same CPU."""
+    there = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    return there and jax.default_backend() == "cpu"
 
 
 def measure(case: Case, repeats: int) -> list[Measured]:
-    """Its forward and backward pass in turns with ours of the dense network; [] where the packages
-    or a CPU are missing."""
-    if not installed() or jax.default_backend() != "cpu" or case.skew != "uniform":
+    """Its forward and backward pass in turns with ours of the dense network; [] where that is not
+    `possible`."""
+    if not possible() or case.skew != "uniform":
         return []
     function, arguments = candidates(case, jnp.float32)["dense"]
     dense = compiled(both_ways(function), *arguments)

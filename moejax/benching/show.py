@@ -58,8 +58,7 @@ def lines_of(measured: Sequence[Measured], against: dict[str, float]) -> list[st
     for line in measured:
         if group != (line.case, line.both):
             group = line.case, line.both
-            both = "forward + backward" if line.both else "forward"
-            found += ["", f"{line.case}: {line.sizes}, load {line.skew}, {both}", head]
+            found += ["", f"{line.case}: {line.sizes}, load {line.skew}, {line.passes}", head]
         spread = f"{1e3 * line.low:.0f}-{1e3 * line.high:.0f}"
         text = f"{'':<20}{line.way:<11}{1e3 * line.seconds:>9.1f}{spread:>15}"
         text += f"{line.flops_per_s / 1e9:>9.1f}{line.share:>9.2f}"
@@ -82,24 +81,74 @@ def text(bench: Bench, against: dict[str, float]) -> str:
     for what, chosen in (("sorted rows", there["grouped"]), ("buffers", there["buffers"])):
         found.append(f"experts on {what}: {chosen['name']} ({chosen['why']})")
     found += ["", *lines_of(bench.lines, against)]
-    if bench.step is not None:
-        s = bench.step
-        found += [
-            "",
-            "training step: L4 D128 F256 E8 K2, 16 x 256 tokens, dropless, AdamW",
-            f"  {1e3 * s.seconds:.0f} ms ({1e3 * s.low:.0f}-{1e3 * s.high:.0f}), "
-            f"{s.tokens_per_s:,.0f} tokens/s, MFU {s.mfu:.1%} on active parameters",
-            f"  input {s.input_share:.1%} of a step; compile {s.compile_seconds:.1f} s; first step "
-            f"after {s.first_seconds:.1f} s; temporaries {s.temp_bytes / 2**20:.0f} MiB",
-        ]
-    if bench.depths:
-        of = ", ".join(f"{seconds:.1f} s at {n}" for n, seconds in bench.depths.items())
-        found.append(f"  compile time by layers: {of}")
+    found += ["", *step_lines(bench)] if bench.step else []
     found += ["", f"{'ratios of rates':<40}{'measured':>10}{'budget':>10}"]
     for row in bench.budgets:
-        missed = "" if row.held else "  MISSED"
-        found.append(f"{row.what:<40}{row.ratio:>10.2f}{row.budget:>10}{missed}")
+        found.append(f"{row.what:<40}{row.ratio:>10.2f}{row.budget:>10}{_missed(row)}")
     return "\n".join(found)
+
+
+def step_lines(bench: Bench) -> list[str]:
+    """The training step, the peer's, and what depth costs to compile."""
+    s = bench.step
+    assert s is not None
+    found = [
+        "training step: L4 D128 F256 E8 K2, 16 x 256 tokens, dropless, AdamW",
+        f"  {1e3 * s.seconds:.0f} ms ({1e3 * s.low:.0f}-{1e3 * s.high:.0f}), "
+        f"{s.tokens_per_s:,.0f} tokens/s, MFU {s.mfu:.1%} on active parameters",
+        f"  input {s.input_share:.1%} of a step; compile {s.compile_seconds:.1f} s; first step "
+        f"after {s.first_seconds:.1f} s; temporaries {s.temp_bytes / 2**20:.0f} MiB",
+    ]
+    if s.peer:
+        spread = f"{1e3 * s.peer.low:.0f}-{1e3 * s.peer.high:.0f}"
+        found.append(
+            f"  {s.peer.name}: {1e3 * s.peer.seconds:.0f} ms ({spread}), "
+            f"{s.peer.tokens_per_s:,.0f} tokens/s; in turns, ours is {s.peer.ours:.2f} times as "
+            "fast"
+        )
+    of = ", ".join(f"{seconds:.1f} s at {layers}" for layers, seconds in bench.depths.items())
+    return [*found, f"  compile time by layers: {of}"] if of else found
+
+
+def write(bench: Bench, folder: Path) -> None:
+    """cpu.json (read by --against), cpu.md and cpu.png; for another backend, of its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = jax.default_backend()
+    (folder / f"{name}.json").write_text(json.dumps(to_json(bench), indent=1) + "\n")
+    (folder / f"{name}.md").write_text(markdown(bench))
+    plot(bench, folder / f"{name}.png")
+
+
+def markdown(bench: Bench) -> str:
+    """The same figures for a page."""
+    there = bench.machine
+    found = [
+        f"{there['device']}, {there['cores']} cores, {there['dtype']}, JAX {there['jax']}, load "
+        f"{there['load']:.1f} before the run.",
+        "",
+        "| ratio of rates | measured | budget |",
+        "| --- | --- | --- |",
+        *(f"| {r.what} | {r.ratio:.2f} | {r.budget}{_missed(r)} |" for r in bench.budgets),
+        "",
+        "| sizes | load | way | pass | s (quartiles) | share of the dense rate | GFLOP/s "
+        "| temporaries, MiB | compile, s |",
+        "| --- " * 9 + "|",
+    ]
+    for line in bench.lines:
+        what = f"| {line.sizes} | {line.skew} | {line.way} | {line.passes} "
+        taken = f"| {line.seconds:.3f} ({line.low:.3f}-{line.high:.3f}) | {line.share:.2f} "
+        needs = f"| {line.temp_bytes / 2**20:.0f} | {line.compile_seconds:.1f} |"
+        known = line.compile_seconds > 0  # a peer's program does not say
+        found.append(
+            what + taken + f"| {line.flops_per_s / 1e9:.1f} {needs if known else '| – | – |'}"
+        )
+    if bench.step:
+        found += ["", *(f"{line.strip()}  " for line in step_lines(bench))]
+    return "\n".join(found) + "\n"
+
+
+def _missed(row: Row) -> str:
+    return "" if row.held else ", missed"
 
 
 def to_json(bench: Bench) -> dict[str, Any]:
@@ -107,9 +156,13 @@ def to_json(bench: Bench) -> dict[str, Any]:
         "machine": bench.machine,
         "lines": [{"key": line.key, **line._asdict()} for line in bench.lines],
         "budgets": [row._asdict() for row in bench.budgets],
-        "step": bench.step and bench.step._asdict(),
+        "step": _step_json(bench.step),
         "compile_seconds_by_layers": bench.depths,
     }
+
+
+def _step_json(step: "Step | None") -> dict[str, Any] | None:
+    return step and {**step._asdict(), "peer": step.peer and step.peer._asdict()}
 
 
 def shares_of(path: Path) -> dict[str, float]:
@@ -121,7 +174,7 @@ def shares_of(path: Path) -> dict[str, float]:
     try:
         return {line["key"]: line["share"] for line in json.loads(path.read_text())["lines"]}
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"--against={path} is not what `moejax bench --json` wrote") from error
+        raise ValueError(f"--against={path} is not what `moejax bench --out` wrote") from error
 
 
 def plot(bench: Bench, path: Path) -> None:

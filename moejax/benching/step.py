@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from moejax.benching.peer_step import mixtral_step
 from moejax.config import Config, default_config, override
 from moejax.data import open_dataset
 from moejax.sharding import make_mesh
@@ -38,6 +39,8 @@ class Step(NamedTuple):
       compile_seconds: of the training step.
       first_seconds: from nothing, the text being prepared, to the end of the first step.
       temp_bytes: of the training step, on one device.
+      peer: Hugging Face's Mixtral on the same batches, a step of each in turns; None where it is
+        not installed, or not asked for.
     """
 
     seconds: float
@@ -49,6 +52,18 @@ class Step(NamedTuple):
     compile_seconds: float
     first_seconds: float
     temp_bytes: int
+    peer: "Peer | None"
+
+
+class Peer(NamedTuple):
+    """A peer's training step. `ours`: how many times as fast ours is, the median over turns."""
+
+    name: str
+    seconds: float
+    low: float
+    high: float
+    tokens_per_s: float
+    ours: float
 
 
 def config() -> Config:
@@ -56,15 +71,16 @@ def config() -> Config:
     return Config.from_dict(override(default_config(), changes))
 
 
-def measure(repeats: int) -> Step:
-    """Steps on real text, as training runs them."""
+def measure(repeats: int, peer: bool) -> Step:
+    """Steps on real text, as training runs them, each followed by one of the peer's."""
     made = config()
     dataset = open_dataset(made.data)
+    theirs = mixtral_step(made, dataset.vocab_size) if peer else None
     start = time.perf_counter()
     program = build_program(made, dataset.vocab_size, len(dataset.domains))
     state: Any = program.init(0, dataset.count_V)
     batches = dataset.train_batches(0, seed=0, share=program.rows)
-    taken, waited, first_seconds = [], [], 0.0
+    taken, waited, peers, first_seconds = [], [], [], 0.0
     for number in range(3 * repeats + 1):
         begin = time.perf_counter()
         batch, _ = next(batches)
@@ -73,23 +89,38 @@ def measure(repeats: int) -> Step:
         state, metrics = program.train_step(state, given)
         jax.block_until_ready((state, metrics))
         end = time.perf_counter()
+        if theirs:
+            theirs(batch.tokens_BS, batch.targets_BS)
         if not number:
             first_seconds = end - start
             continue
         taken.append(end - ready)
         waited.append(ready - begin)
-    seconds, tokens = float(np.median(taken)), made.data.batch * made.data.sequence
+        peers.append(time.perf_counter() - end)
+    tokens = made.data.batch * made.data.sequence
+    middle = _middle(taken)
     return Step(
-        seconds=seconds,
-        low=float(np.quantile(taken, 0.25)),
-        high=float(np.quantile(taken, 0.75)),
-        tokens_per_s=tokens / seconds,
-        mfu=tokens * program.size.flops / seconds / peak_flops(),
+        *middle,
+        tokens_per_s=tokens / middle[0],
+        mfu=tokens * program.size.flops / middle[0] / peak_flops(),
         input_share=float(np.median(np.array(waited) / np.array(taken))),
         compile_seconds=program.compile_seconds,
         first_seconds=first_seconds,
         temp_bytes=_temp_bytes(program.train_step),
+        peer=_peer(taken, peers, tokens) if theirs else None,
     )
+
+
+def _middle(seconds: list[float]) -> tuple[float, float, float]:
+    """Median and quartiles."""
+    middle, low, high = np.quantile(seconds, (0.5, 0.25, 0.75))
+    return float(middle), float(low), float(high)
+
+
+def _peer(ours: list[float], theirs: list[float], tokens: int) -> Peer:
+    middle = _middle(theirs)
+    ratio = float(np.median(np.array(theirs) / np.array(ours)))
+    return Peer("HF Mixtral", *middle, tokens_per_s=tokens / middle[0], ours=ratio)
 
 
 def _temp_bytes(step: Any) -> int:

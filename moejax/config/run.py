@@ -189,10 +189,16 @@ class Config:
         return dependence(options, self.moe.experts)
 
     @property
+    def causal(self) -> bool:
+        """Whether tokens are predicted from earlier ones only, as they are unless some are
+        masked."""
+        return not self.data.mask_rate
+
+    @property
     def leaks(self) -> bool:
-        """Whether training lets a token's output depend on later tokens of its sequence, as
-        `moejax.causality` finds by trying."""
-        return self.dependence is not None and not self.dependence.causal
+        """Whether training lets a token's output depend on later tokens of its sequence where it
+        must not, as `moejax.causality` finds by trying."""
+        return self.causal and self.dependence is not None and not self.dependence.causal
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any] | ConfigDict) -> "Config":
@@ -254,6 +260,8 @@ def _section(section: str, cls: type, values: Mapping[str, Any]) -> Any:
             raise ValueError(
                 f"unknown config key {section}.{name}{did_you_mean(f'{section}.{name}', known)}"
             )
+        if (section, name) == ("model", "remat") and isinstance(value, bool):
+            value = "full" if value else "none"  # as it was written before there was a choice
         checked[name] = _typed(f"{section}.{name}", _freeze(value), hints[name])
     return cls(**checked)
 

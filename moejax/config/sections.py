@@ -23,6 +23,9 @@ def one_of(name: str, value: str, known: Mapping[str, Any] | tuple[str, ...]) ->
         raise ValueError(f"unknown {name} {value!r}{did_you_mean(value, known)}")
 
 
+REMAT = ("none", "full", "routing")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The decoder-only transformer around the experts.
@@ -39,7 +42,9 @@ class ModelConfig:
       rope_theta: base of the rotary position embedding.
       init_scale: the variance scale of all weights; Switch uses 0.1.
       dtype: of activations and matmuls, float32 or bfloat16. Parameters and router stay float32.
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      remat: what is computed again in the backward pass, instead of being kept: none; full, each
+        layer from its input; routing, the same, but the router's choices and the order of rows are
+        kept.
     """
 
     layers: int = 4
@@ -58,7 +63,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     init_scale: float = 1.0
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("layers", "dim", "heads", "ffn"):
@@ -66,6 +71,7 @@ class ModelConfig:
             require(value >= 1, f"model.{name}={value} must be at least 1")
         one_of("model.activation", self.activation, ACTIVATIONS)
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("model.remat", self.remat, REMAT)
         require(
             self.head_dim > 0 or self.dim % self.heads == 0,
             f"model.dim={self.dim} is not divisible by model.heads={self.heads}; "

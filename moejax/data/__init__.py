@@ -5,6 +5,6 @@ Independent of the rest of moejax and of jax. open_dataset(DataConfig()) needs n
 
 from moejax.data.config import DataConfig
 from moejax.data.dataset import TextDataset, open_dataset
-from moejax.data.windows import Batch
+from moejax.data.windows import UNSCORED, Batch
 
-__all__ = ["Batch", "DataConfig", "TextDataset", "open_dataset"]
+__all__ = ["UNSCORED", "Batch", "DataConfig", "TextDataset", "open_dataset"]

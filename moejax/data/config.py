@@ -26,6 +26,8 @@ class DataConfig:
     held out, by a hash of each document's name. TFDS corpora that
       come with a held-out split use that one.
     domains: the domains to read, () for all.
+    mask_rate: 0 = each token predicts the next, seeing those before it; above 0 = this share of the
+      tokens is masked, and predicted from all others of its document (`moejax.data.masking`).
     data_dir: where prepared data goes; "" means $MOEJAX_DATA_DIR, or ~/.cache/moejax.
     max_documents: cap for each domain, 0 for none.
     """
@@ -36,6 +38,7 @@ class DataConfig:
     batch: int = 16
     validation: float = 0.05
     domains: tuple[str, ...] = ()
+    mask_rate: float = 0.0
     data_dir: str = ""
     max_documents: int = 0
 
@@ -51,6 +54,10 @@ class DataConfig:
             raise ValueError(f"batch {self.batch} must be at least 1 sequence")
         if not 0 < self.validation < 1:
             raise ValueError(f"validation {self.validation} must lie between 0 and 1, exclusive")
+        if not 0 <= self.mask_rate < 1:
+            raise ValueError(
+                f"mask_rate {self.mask_rate} must be 0 (predict the next token) or a share below 1"
+            )
         if self.max_documents < 0:
             raise ValueError(f"max_documents {self.max_documents} must be 0 (all) or more")
         if isinstance(self.domains, str):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from moejax.data import storage
 from moejax.data.config import DataConfig
 from moejax.data.corpora import SOURCES
+from moejax.data.masking import mask_tokens
 from moejax.data.packing import Stream, Streams, open_tokenizer, packed
 from moejax.data.prepared import open_corpora
 from moejax.data.splits import SPLITS, TRAIN, VALIDATION
@@ -26,11 +27,18 @@ from moejax.names import did_you_mean
 THREADS = 2  # cutting a batch takes well under a millisecond
 PREFETCHED_BATCHES = 8
 
+VALIDATION_SEED = 0  # of the tokens that are masked
+
 Share = slice | np.ndarray  # rows of a global batch
+Mask = Callable[[Batch, np.ndarray], Batch]  # of a batch and its rows' numbers
 
 
-def open_dataset(config: DataConfig, progress: bool = True) -> TextDataset:
+def open_dataset(
+    config: DataConfig, progress: bool = True, tokenizer: Tokenizer | None = None
+) -> TextDataset:
     """Opens the corpus of a config, preparing it on first use; `progress` shows that on stderr.
+
+    tokenizer: another corpus's, for a model that was trained with it; None = this one's own.
 
     Raises FileNotFoundError where a corpus is not there, ValueError where its domains, its
     documents or its windows do not fit the config; one line each, with the numbers and what to do.
@@ -38,7 +46,7 @@ def open_dataset(config: DataConfig, progress: bool = True) -> TextDataset:
     data_dir = storage.data_directory(config.data_dir)
     corpora = open_corpora(config, data_dir)
     domains = chosen_domains(config, [name for corpus in corpora for name in corpus.domains])
-    tokenizer = open_tokenizer(config.tokenizer, corpora, data_dir, progress)
+    tokenizer = tokenizer or open_tokenizer(config.tokenizer, corpora, data_dir, progress)
     streams: Streams = {}
     for corpus in corpora:
         if set(domains).intersection(corpus.domains):
@@ -94,7 +102,10 @@ class TextDataset:
         digests = [
             [split, name, streams[split, name].digest] for split in SPLITS for name in domains
         ]
-        self.fingerprint = storage.digest([digests, tokenizer.identity, config.sequence])
+        identity = [digests, tokenizer.identity, config.sequence]
+        if config.mask_rate:
+            identity.append(config.mask_rate)
+        self.fingerprint = storage.digest(identity)
 
     def _check(self) -> None:
         for split in SPLITS:
@@ -116,11 +127,14 @@ class TextDataset:
 
     @functools.cached_property
     def count_V(self) -> np.ndarray:
-        """float32: how often each id stands in the training text, by its first 2**22 tokens a
+        """float32: how often each id stands in the training input, by its first 2**22 tokens a
         domain."""
         count_V = np.zeros(self.vocab_size, np.float32)
         for tokens in self.windows[TRAIN].streams:
             count_V += np.bincount(tokens[: 2**22], minlength=self.vocab_size)
+        masked = self.config.mask_rate * count_V[SEPARATOR + 1 :].sum()
+        count_V[SEPARATOR + 1 :] *= 1 - self.config.mask_rate
+        count_V[SEPARATOR] += masked
         return count_V
 
     def encode(self, text: str) -> np.ndarray:
@@ -141,13 +155,22 @@ class TextDataset:
         ids = self.encode(text)
         if not len(ids):
             raise ValueError("the text holds no token; give some characters")
-        windows = Windows([np.append(ids, SEPARATOR)], self.config.sequence)
+        return self.token_batches([ids], batch=batch, share=share)
+
+    def token_batches(
+        self, documents: Sequence[np.ndarray], *, batch: int = 0, share: Share = slice(None)
+    ) -> Sequence[Batch]:
+        """The same of several documents that are token ids already; each begins a row."""
+        streams = [np.append(ids, SEPARATOR) for ids in documents]
+        windows = Windows(streams, self.config.sequence)
         order = np.arange(len(windows))
-        rows = _Fixed(windows, order, batch or self.config.batch, share)
+        mask = functools.partial(self._mask, VALIDATION_SEED)
+        rows = _Fixed(windows, order, batch or self.config.batch, share, mask)
         return [each._replace(domain_B=np.full_like(each.domain_B, PADDED_ROW)) for each in rows]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of ids; a separator shows as U+2400, broken UTF-8 as U+FFFD."""
+        """Returns the text of ids; a separator, or a masked token, shows as U+2400, broken UTF-8 as
+        U+FFFD."""
         return self.tokenizer.decode([int(token) for token in ids])
 
     def train_batch(
@@ -185,7 +208,13 @@ class TextDataset:
             raise ValueError(f"position {position} must be 0 or more rows")
         windows = self.windows[TRAIN]
         # int: a checkpoint hands back an int32, which a long run overflows
-        return _Steps(windows, training_order(len(windows), seed), int(position), batch, share)
+        order = training_order(len(windows), seed)
+        mask = functools.partial(self._mask, seed)
+        return _Steps(windows, order, int(position), batch, share, mask)
+
+    def _mask(self, seed: int, batch: Batch, number_B: np.ndarray) -> Batch:
+        rate = self.config.mask_rate
+        return mask_tokens(batch, rate, seed=seed, number_B=number_B) if rate else batch
 
     def validation_batches(
         self,
@@ -203,7 +232,8 @@ class TextDataset:
         if limit_rows < 0:
             raise ValueError(f"limit_rows {limit_rows} must be 0 (all) or more")
         order = balanced_order(windows.count_D, limit_rows)
-        return _Fixed(windows, order, batch, share)
+        # By the window's number, so that a limit of rows masks the same tokens of those it leaves.
+        return _Fixed(windows, order, batch, share, functools.partial(self._mask, VALIDATION_SEED))
 
 
 def read_ahead(steps: _Steps) -> Iterator[tuple[Batch, int]]:
@@ -232,9 +262,10 @@ class _Steps(Sequence[tuple[Batch, int]]):
     """Element k: a share of the k-th batch from `position` on, and the position after."""
 
     def __init__(
-        self, windows: Windows, order: Any, position: int, batch: int, share: Share
+        self, windows: Windows, order: Any, position: int, batch: int, share: Share, mask: Mask
     ) -> None:
         self.windows, self.order, self.position, self.batch = windows, order, position, batch
+        self.mask = mask
         self.rows = np.arange(batch)[share]
 
     def __len__(self) -> int:
@@ -243,14 +274,16 @@ class _Steps(Sequence[tuple[Batch, int]]):
     def __getitem__(self, step: Any) -> Any:
         begin = self.position + step * self.batch
         rows = [self.order[begin + row] for row in self.rows.tolist()]
-        return self.windows.rows(rows), begin + self.batch
+        return self.mask(self.windows.rows(rows), begin + self.rows), begin + self.batch
 
 
 class _Fixed(Sequence[Batch]):
     """Batches of a finite order, cut when they are asked for."""
 
-    def __init__(self, windows: Windows, order: np.ndarray, batch: int, share: Share) -> None:
-        self.windows, self.batch, self.share = windows, batch, share
+    def __init__(
+        self, windows: Windows, order: np.ndarray, batch: int, share: Share, mask: Mask
+    ) -> None:
+        self.windows, self.batch, self.share, self.mask = windows, batch, share, mask
         padding = np.full(-len(order) % batch, PADDED_ROW)
         self.order = np.concatenate([order, padding])
 
@@ -261,7 +294,8 @@ class _Fixed(Sequence[Batch]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
         begin = index % len(self) * self.batch
-        return self.windows.rows(self.order[begin : begin + self.batch][self.share])
+        index_B = self.order[begin : begin + self.batch][self.share]
+        return self.mask(self.windows.rows(index_B), index_B)
 
 
 def _size(stream: Stream, windows: int) -> dict[str, int]:

@@ -14,19 +14,22 @@ import numpy as np
 from moejax.data.tokenizer import SEPARATOR
 
 PADDED_ROW = -1  # the index, and the domain, of a row that only fills up a batch
+UNSCORED = -1  # the target of a token that has none
 
 
 class Batch(NamedTuple):
     """Rows of one process, as numpy arrays.
 
     tokens_BS: int32 inputs; 0 separates documents and pads.
-    targets_BS: int32, the next token of each input.
+    targets_BS: int32, the next token of each input; or, where tokens are masked, what those were,
+      and UNSCORED for all others.
     segment_BS: int32, number of the document inside the row; attention stays inside a document.
       A separator belongs to the document that it ends.
     position_BS: int32, position inside the document, counted from where the row or the document
-    begins. valid_BS: bool, True where the target counts: not in padding, and not a document's first
-    token,
-      which nothing before it predicts. A separator as a target counts: it ends a document.
+      begins.
+    valid_BS: bool, True = a real token, neither a separator nor padding: it is routed, and its
+      target counts if it has one. So a document's first token does not count as a target, which
+      nothing before it predicts, while a separator does: it ends a document.
     domain_B: int32, index into TextDataset.domains; -1 for a row that is padding.
     """
 
@@ -63,10 +66,10 @@ class Windows:
                 start = (index - first) * self.sequence
                 part = self.streams[domain][start : start + self.sequence + 1]
                 row[: len(part)] = part
-        return masked(window_BT, domain_B)
+        return predicting_next(window_BT, domain_B)
 
 
-def masked(window_BT: np.ndarray, domain_B: np.ndarray) -> Batch:
+def predicting_next(window_BT: np.ndarray, domain_B: np.ndarray) -> Batch:
     """Returns the batch of windows of S + 1 tokens: int32 [B, S + 1] and [B]."""
     tokens_BS, targets_BS = window_BT[:, :-1], window_BT[:, 1:]
     # padding is made of separators, so one rule serves both: from a separator nothing is predicted

@@ -52,8 +52,12 @@ def rope(x_BSHA: jax.Array, position_BS: jax.Array, theta: float) -> jax.Array:
     return jnp.concatenate(turned, axis=-1).astype(x_BSHA.dtype)
 
 
+# What attention keeps of tokens for later ones to see: arrays [B, S, heads, width].
+Kept = tuple[jax.Array, ...]
+
+
 class Attention(nnx.Module):
-    """Causal grouped-query attention inside each document. Axes: A = width of a head, G = kv
+    """Grouped-query attention inside each document. Axes: A = width of a head, G = kv
     heads.
 
     With model.qk_norm queries and keys are normed before they are turned, over all heads together
@@ -70,15 +74,26 @@ class Attention(nnx.Module):
         self.query_norm = RMSNorm(h * a) if config.qk_norm else None
         self.key_norm = RMSNorm(g * a) if config.qk_norm else None
 
-    def __call__(self, x_BSD: jax.Array, mask_BSS: jax.Array, position_BS: jax.Array) -> jax.Array:
-        dtype, theta = x_BSD.dtype, self.config.rope_theta
-        q_BSHA = jnp.einsum("bsd,dha->bsha", x_BSD, self.w_query_DHA[...].astype(dtype))
+    def keep(self, x_BSD: jax.Array, position_BS: jax.Array) -> Kept:
+        """Keys and values."""
+        dtype = x_BSD.dtype
         k_BSGA = jnp.einsum("bsd,dga->bsga", x_BSD, self.w_key_DGA[...].astype(dtype))
         v_BSGA = jnp.einsum("bsd,dga->bsga", x_BSD, self.w_value_DGA[...].astype(dtype))
-        if self.query_norm is not None and self.key_norm is not None:
-            q_BSHA, k_BSGA = _all_heads(self.query_norm, q_BSHA), _all_heads(self.key_norm, k_BSGA)
-        q_BSHA, k_BSGA = rope(q_BSHA, position_BS, theta), rope(k_BSGA, position_BS, theta)
-        y_BSHA = attend(q_BSHA, k_BSGA, v_BSGA, mask_BSS, self.config.query_block)
+        if self.key_norm is not None:
+            k_BSGA = _all_heads(self.key_norm, k_BSGA)
+        return rope(k_BSGA, position_BS, self.config.rope_theta), v_BSGA
+
+    def __call__(
+        self, x_BSD: jax.Array, seen: Kept, mask_BSM: jax.Array, position_BS: jax.Array
+    ) -> jax.Array:
+        """What the tokens read in `seen`, what `keep` kept of the M tokens that they may see."""
+        k_BMGA, v_BMGA = seen
+        dtype = x_BSD.dtype
+        q_BSHA = jnp.einsum("bsd,dha->bsha", x_BSD, self.w_query_DHA[...].astype(dtype))
+        if self.query_norm is not None:
+            q_BSHA = _all_heads(self.query_norm, q_BSHA)
+        q_BSHA = rope(q_BSHA, position_BS, self.config.rope_theta)
+        y_BSHA = attend(q_BSHA, k_BMGA, v_BMGA, mask_BSM, self.config.query_block)
         return jnp.einsum("bsha,had->bsd", y_BSHA, self.w_out_HAD[...].astype(dtype))
 
 
@@ -88,48 +103,62 @@ def _all_heads(norm: RMSNorm, a_BSHA: jax.Array) -> jax.Array:
 
 
 def attend(
-    q_BSHC: jax.Array, k_BSGC: jax.Array, v_BSGA: jax.Array, mask_BSS: jax.Array, block: int = 0
+    q_BSHC: jax.Array, k_BMGC: jax.Array, v_BMGA: jax.Array, mask_BSM: jax.Array, block: int = 0
 ) -> jax.Array:
     """softmax(q k / sqrt(C)) v, the softmax in float32: y_BSHA. Each kv head serves H / G heads.
 
     block > 0: that many queries at a time, and their scores again in the backward pass, so that no
-    more than [B, H, block, S] scores are there at once. The same values, up to rounding.
+    more than [B, H, block, M] scores are there at once. The same values, up to rounding.
     """
 
-    def queries(q_BsHC: jax.Array, mask_BsS: jax.Array) -> jax.Array:
-        return _attend(q_BsHC, k_BSGC, v_BSGA, mask_BsS)
+    def queries(q_BsHC: jax.Array, mask_BsM: jax.Array) -> jax.Array:
+        return _attend(q_BsHC, k_BMGC, v_BMGA, mask_BsM)
 
     if not block or block >= q_BSHC.shape[1]:
-        return queries(q_BSHC, mask_BSS)
+        return queries(q_BSHC, mask_BSM)
 
     def cut(a_BSX: jax.Array) -> jax.Array:  # blocks in front
         cut_BnsX = a_BSX.reshape(a_BSX.shape[0], -1, block, *a_BSX.shape[2:])
         return jnp.moveaxis(cut_BnsX, 1, 0)
 
     part = jax.checkpoint(queries)
-    y_nBsHA = jax.lax.map(lambda xs: part(*xs), (cut(q_BSHC), cut(mask_BSS)))
+    y_nBsHA = jax.lax.map(lambda xs: part(*xs), (cut(q_BSHC), cut(mask_BSM)))
     y_BnsHA = jnp.moveaxis(y_nBsHA, 0, 1)
-    return y_BnsHA.reshape(*q_BSHC.shape[:3], v_BSGA.shape[-1])
+    return y_BnsHA.reshape(*q_BSHC.shape[:3], v_BMGA.shape[-1])
 
 
 def _attend(
-    q_BsHC: jax.Array, k_BSGC: jax.Array, v_BSGA: jax.Array, mask_BsS: jax.Array
+    q_BsHC: jax.Array, k_BMGC: jax.Array, v_BMGA: jax.Array, mask_BsM: jax.Array
 ) -> jax.Array:
-    if k_BSGC.shape == v_BSGA.shape:
-        return jax.nn.dot_product_attention(q_BsHC, k_BSGC, v_BSGA, mask=mask_BsS[:, None])
+    if k_BMGC.shape == v_BMGA.shape:
+        return jax.nn.dot_product_attention(q_BsHC, k_BMGC, v_BMGA, mask=mask_BsM[:, None])
     # Keys wider than values, which that function refuses; here every head has its own.
-    scores_BHsS = jnp.einsum(
-        "bshc,bthc->bhst", q_BsHC, k_BSGC, preferred_element_type=jnp.float32
+    scores_BHsM = jnp.einsum(
+        "bshc,bmhc->bhsm", q_BsHC, k_BMGC, preferred_element_type=jnp.float32
     ) / (q_BsHC.shape[-1] ** 0.5)
-    scores_BHsS = jnp.where(mask_BsS[:, None], scores_BHsS, -0.7 * jnp.finfo(jnp.float32).max)
-    weight_BHsS = jax.nn.softmax(scores_BHsS, axis=-1).astype(v_BSGA.dtype)
-    return jnp.einsum("bhst,btha->bsha", weight_BHsS, v_BSGA)
+    scores_BHsM = jnp.where(mask_BsM[:, None], scores_BHsM, -0.7 * jnp.finfo(jnp.float32).max)
+    weight_BHsM = jax.nn.softmax(scores_BHsM, axis=-1).astype(v_BMGA.dtype)
+    return jnp.einsum("bhsm,bmha->bsha", weight_BHsM, v_BMGA)
 
 
-def attention_mask(segment_BS: jax.Array) -> jax.Array:
-    """bool [B, S, S]: query position sees key positions up to itself, in its own document only."""
-    causal_SS = jnp.tril(jnp.ones((segment_BS.shape[1],) * 2, bool))
-    return causal_SS[None] & (segment_BS[:, :, None] == segment_BS[:, None, :])
+def attention_mask(
+    segment_BS: jax.Array,
+    seen_BM: jax.Array | None = None,
+    start: jax.Array | int = 0,
+    *,
+    causal: bool = True,
+) -> jax.Array:
+    """bool [B, S, M]: a token sees those of its own document; if causal, only those up to itself.
+
+    seen_BM: the documents of all that is there to see, in which the tokens themselves begin at
+    `start`; None = the tokens are all.
+    """
+    seen_BM = segment_BS if seen_BM is None else seen_BM
+    same_BSM = segment_BS[:, :, None] == seen_BM[:, None]
+    if not causal:
+        return same_BSM
+    place_S, place_M = start + jnp.arange(segment_BS.shape[1]), jnp.arange(seen_BM.shape[1])
+    return (place_M[None] <= place_S[:, None])[None] & same_BSM
 
 
 class FeedForward(nnx.Module):

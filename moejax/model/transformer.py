@@ -1,5 +1,5 @@
-"""A decoder-only transformer whose feed-forward layers may have experts, scanned over its
-layers."""
+"""A transformer whose feed-forward layers may have experts, scanned over its layers. A decoder, and
+where tokens are masked an encoder: then attention sees later tokens too."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,21 +9,32 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.config import Config
+from moejax.model.cache import Cache, placed
 from moejax.model.latent import LatentAttention
-from moejax.model.layers import Attention, FeedForward, RMSNorm, attention_mask, initial
+from moejax.model.layers import (
+    Attention,
+    FeedForward,
+    Kept,
+    RMSNorm,
+    attention_mask,
+    initial,
+)
 from moejax.model.moe import MoE
+from moejax.model.remat import rematerialised
 from moejax.model.soft import SoftMoE
 from moejax.routing import MoeStats, Recorded, token_keys
 from moejax.sharding import constrain
 
 
 class Context(NamedTuple):
-    """What every layer sees besides its input."""
+    """What every layer sees besides its input. With a cache of M slots `start` is that of the first
+    token; without one M = S."""
 
     token_BS: jax.Array
     position_BS: jax.Array
     valid_BS: jax.Array
-    mask_BSS: jax.Array
+    mask_BSM: jax.Array
+    start: jax.Array | int = 0
     record: bool = False
 
 
@@ -55,12 +66,16 @@ class Block(nnx.Module):
         key: jax.Array | None,
         state: Any,
         recorded: Recorded | None = None,
-    ) -> tuple[jax.Array, MoeStats | None]:
-        normed_BSD = self.attention_norm(x_BSD)
-        x_BSD = x_BSD + self.attention(normed_BSD, context.mask_BSS, context.position_BS)
+        cache: Kept | None = None,
+    ) -> tuple[jax.Array, MoeStats | None, Kept | None]:
+        normed_BSD, position_BS = self.attention_norm(x_BSD), context.position_BS
+        kept = self.attention.keep(normed_BSD, position_BS)
+        seen = kept if cache is None else placed(cache, kept, context.start, axis=1)
+        x_BSD = x_BSD + self.attention(normed_BSD, seen, context.mask_BSM, position_BS)
         normed_BSD = self.feed_forward_norm(x_BSD)
+        returned = None if cache is None else kept
         if isinstance(self.feed_forward, FeedForward):
-            return x_BSD + self.feed_forward(normed_BSD), None
+            return x_BSD + self.feed_forward(normed_BSD), None, returned
         y_BSD, stats = self.feed_forward(
             normed_BSD,
             valid_BS=context.valid_BS,
@@ -70,7 +85,7 @@ class Block(nnx.Module):
             recorded=recorded,
             record=context.record,
         )
-        return x_BSD + y_BSD, stats
+        return x_BSD + y_BSD, stats, returned
 
 
 class Unit(nnx.Module):
@@ -88,12 +103,15 @@ class Unit(nnx.Module):
         key: jax.Array | None,
         state: Any,
         recorded: Recorded | None = None,
-    ) -> tuple[jax.Array, MoeStats | None]:
-        stats = None
-        for block in self.blocks:
-            x_BSD, block_stats = block(x_BSD, context, key, state, recorded)
+        cache: tuple[Kept, ...] | None = None,
+    ) -> tuple[jax.Array, MoeStats | None, tuple[Kept | None, ...]]:
+        stats, kept = None, []
+        for i, block in enumerate(self.blocks):
+            mine = None if cache is None else cache[i]
+            x_BSD, block_stats, block_kept = block(x_BSD, context, key, state, recorded, mine)
             stats = stats if block_stats is None else block_stats
-        return x_BSD, stats
+            kept.append(block_kept)
+        return x_BSD, stats, tuple(kept)
 
 
 def layer_stacks(config: Config) -> list[tuple[tuple[str, ...], int]]:
@@ -162,7 +180,7 @@ class Transformer(nnx.Module):
         record: bool = False,
         head: Head | None = None,
     ) -> tuple[jax.Array, MoeStats | None]:
-        """Next-token logits.
+        """Logits of the next token; of the masked ones, if the config masks tokens.
 
         Args:
           token_BS: int32 ids.
@@ -181,36 +199,89 @@ class Transformer(nnx.Module):
           none.
         """
         context = self._context(token_BS, segment_BS, position_BS, valid_BS)._replace(record=record)
+        keys_LB = None if key is None else self._layer_keys(token_keys(key, token_BS.shape[0]))
+        x_BSD, stats, _ = self._layers(context, (keys_LB, router_state, recorded))
+        return self._head(x_BSD, head), stats
+
+    def extend(
+        self,
+        cache: Cache,
+        token_BS: jax.Array,
+        *,
+        segment_BS: jax.Array,
+        position_BS: jax.Array,
+        valid_BS: jax.Array,
+        router_state: Any = None,
+        head: Head | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """The logits of tokens that follow those of a cache, as evaluation routes, and the cache
+        that holds them too; the arguments are those of the call. Where no token's routing looks at
+        others, the logits are those of a call with all tokens together."""
+        start = cache.used
+        segment_BM = placed(cache.segment_BM, segment_BS, start, axis=1)
+        mask_BSM = attention_mask(segment_BS, segment_BM, start)
+        context = Context(token_BS, position_BS, valid_BS, mask_BSM, start)
+        x_BSD, _, kept = self._layers(context, (None, router_state, None), cache.kept)
+        kept = placed(cache.kept, kept, start, axis=2)
+        return self._head(x_BSD, head), Cache(kept, segment_BM, start + token_BS.shape[1])
+
+    def empty_cache(self, rows: int, slots: int) -> Cache:
+        """For so many rows of text, each of so many tokens."""
+        x_BSD = jnp.zeros((rows, slots, self.config.model.dim), self.config.model.dtype)
+        place_BS = jnp.zeros((rows, slots), jnp.int32)
+
+        def kept(unit: Unit) -> tuple[Kept, ...]:
+            return tuple(block.attention.keep(x_BSD, place_BS) for block in unit.blocks)
+
+        def slots_of(unit: Unit) -> Any:
+            graph, params_L = nnx.split(unit)
+            shapes = jax.eval_shape(jax.vmap(lambda p: kept(nnx.merge(graph, p))), params_L)
+            return jax.tree.map(
+                lambda a: constrain(jnp.zeros(a.shape, a.dtype), "kept_LBMGA"), shapes
+            )
+
+        return Cache([slots_of(unit) for unit in self.stacks], place_BS, jnp.zeros((), jnp.int32))
+
+    def _layers(
+        self, context: Context, of_moe: tuple[Any, Any, Any], cache: Any = None
+    ) -> tuple[jax.Array, MoeStats | None, list[Any]]:
+        """What the last layer makes of the tokens. `of_moe`: the keys, router states and recordings
+        of the MoE layers."""
         dtype = jnp.dtype(self.config.model.dtype)
         # The table whole along D: else what is looked up lies cut along D, and is moved whole.
         embed_VD = constrain(self.embed_VD[...].astype(dtype), "embed_read_VD")
-        x_BSD = constrain(embed_VD[token_BS], "x_BSD")
-        keys_LB = None if key is None else self._layer_keys(token_keys(key, token_BS.shape[0]))
-        stats = None
-        for unit, (kinds, _) in zip(self.stacks, layer_stacks(self.config), strict=True):
+        x_BSD = constrain(embed_VD[context.token_BS], "x_BSD")
+        stats, kept = None, []
+        for i, (kinds, _) in enumerate(layer_stacks(self.config)):
             routed = "moe" in kinds
-            per_layer = (keys_LB, router_state, recorded) if routed else (None, None, None)
-            x_BSD, unit_stats = self._scan(unit, x_BSD, context, per_layer)
+            per_layer = of_moe if routed else (None, None, None)
+            mine = None if cache is None else cache[i]
+            x_BSD, (unit_stats, unit_kept) = self._scan(
+                self.stacks[i], x_BSD, context, (*per_layer, mine)
+            )
             stats = unit_stats if routed else stats
-        w_DV = self.unembed_DV[...].astype(dtype)
-        return (head or logits)(self.final_norm(x_BSD), w_DV), stats
+            kept.append(unit_kept)
+        return x_BSD, stats, kept
+
+    def _head(self, x_BSD: jax.Array, head: Head | None) -> jax.Array:
+        w_DV = self.unembed_DV[...].astype(self.config.model.dtype)
+        return (head or logits)(self.final_norm(x_BSD), w_DV)
 
     def _layer_keys(self, key_B: jax.Array) -> jax.Array:
         layers = max(1, self.config.moe_layers)
         return jnp.swapaxes(jax.vmap(lambda key: jax.random.split(key, layers))(key_B), 0, 1)
 
     def _scan(
-        self, unit: Unit, x_BSD: jax.Array, context: Context, per_layer: tuple[Any, Any, Any]
+        self, unit: Unit, x_BSD: jax.Array, context: Context, per_layer: tuple[Any, ...]
     ) -> tuple[jax.Array, Any]:
         graph, params_L = nnx.split(unit)
 
         def layer(x_BSD: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
-            params, (key, state, recorded) = xs
-            x_BSD, stats = nnx.merge(graph, params)(x_BSD, context, key, state, recorded)
-            return constrain(x_BSD, "x_BSD"), stats
+            params, mine = xs
+            x_BSD, stats, kept = nnx.merge(graph, params)(x_BSD, context, *mine)
+            return constrain(x_BSD, "x_BSD"), (stats, kept)
 
-        if self.config.model.remat:
-            layer = jax.checkpoint(layer)
+        layer = rematerialised(layer, self.config.model.remat)
         return jax.lax.scan(layer, x_BSD, (params_L, per_layer))
 
     def _context(
@@ -226,4 +297,5 @@ class Transformer(nnx.Module):
             position_BS = jnp.broadcast_to(jnp.arange(token_BS.shape[1])[None], token_BS.shape)
         if valid_BS is None:
             valid_BS = jnp.ones(token_BS.shape, bool)
-        return Context(token_BS, position_BS, valid_BS, attention_mask(segment_BS))
+        mask_BSS = attention_mask(segment_BS, causal=self.config.causal)
+        return Context(token_BS, position_BS, valid_BS, mask_BSS)

@@ -69,8 +69,10 @@ def estimated_memory(config: Config, mesh: dict[str, int], state: Any) -> Memory
     parameters = local_bytes(state.params)
     layer = _layer_bytes(config, mesh)
     tokens = _tokens(config, mesh)
-    item = _item(config)
-    kept = config.model.layers * (tokens * config.model.dim * item if config.model.remat else layer)
+    inputs = config.model.dim * _item(config)
+    if config.model.remat == "routing":  # logits, and of each choice its expert and its places
+        inputs += 4 * config.moe.experts + int(12 * config.choices)
+    kept = config.model.layers * (layer if config.model.remat == "none" else tokens * inputs)
     logits = 2 * 4 * tokens * vocabulary(config) // mesh["tensor"]
     return Memory(
         parameters=parameters,
@@ -149,4 +151,4 @@ def _item(config: Config) -> int:
 
 
 def _again(config: Config) -> bool:
-    return config.model.remat or config.train.accumulation > 1
+    return config.model.remat != "none" or config.train.accumulation > 1

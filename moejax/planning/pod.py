@@ -101,8 +101,10 @@ def spare_rows(config: Config, mesh: dict[str, int]) -> int:
 
 def _notes(config: Config, unknown: tuple[str, ...]) -> tuple[str, ...]:
     notes = []
-    if config.model.remat or config.train.accumulation > 1:
-        notes.append("the program recomputes the forward pass: expect a third more FLOPs")
+    again = (config.model.remat != "none") + (config.train.accumulation > 1)
+    if again:
+        more = ("a third", "two thirds")[again - 1]
+        notes.append(f"the program recomputes the forward pass: expect {more} more FLOPs")
     if unknown:
         notes.append(f"loops whose length could not be read count once: {', '.join(unknown)}")
     return tuple(notes)

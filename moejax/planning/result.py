@@ -184,8 +184,8 @@ def advice(config: Config, mesh: dict[str, int], state: float, available: float)
             f"parameters and optimizer alone take {state / 2**30:.2f} GiB: raise {which} "
             f"(mesh {mesh}), or optimizer.name=adafactor"
         )
-    if not config.model.remat:
-        return "set model.remat=True"
+    if config.model.remat == "none":
+        return "set model.remat=full"
     if rows > parts:
         return (
             f"raise train.accumulation={config.train.accumulation}, up to "

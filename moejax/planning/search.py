@@ -63,7 +63,9 @@ def search(
 def candidates(config: Config, devices: int) -> Iterator[Config]:
     """As given, with remat, with accumulation; then the meshes that need least by formula."""
     yield config
-    remat = _with(config, "model", remat=True)
+    remat = _with(config, "model", remat="full")
+    if config.model.remat == "none":  # a little more memory than full, and routing once
+        yield _with(config, "model", remat="routing")
     if remat != config:
         yield remat
     mesh = mesh_sizes(config.mesh, devices)

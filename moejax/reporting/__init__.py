@@ -6,8 +6,9 @@ from .claims import Claim, Verdict, all_of
 from .contrasts import contrast, falling, sees_later, steadier, under
 from .judges import at_most, less, positive, ratio_at_least, similar, sooner
 from .metrics import Difference, Either, Quotient, StepsTo, Window
+from .reading import load
 from .report import write_report
-from .results import Results, Run, load
+from .results import Results, Run
 from .suite import Suite
 
 __all__ = [

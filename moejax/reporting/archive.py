@@ -19,8 +19,9 @@ def archived(run: Run) -> Record:
     """A finished run as one object; its records by column."""
     return {
         **{"variant": run.variant, "seed": run.seed, "summary": run.summary},
-        **{"run": run.info, "config": _config(run.config)},
+        **{"run": run.info, "config": portable(run.config)},
         **{"train": _columns(run.train), "evals": _columns(run.evals)},
+        **({"alarms": list(run.alarms)} if run.alarms else {}),
     }
 
 
@@ -46,7 +47,7 @@ def restored(summary: Mapping[str, Any]) -> Results:
     )
 
 
-def _config(config: Record) -> Record:
+def portable(config: Record) -> Record:
     """Where a run started from another, that one's name: its folder is this machine's affair."""
     train = config.get("train", {})
     if not train.get("upcycle"):
@@ -64,6 +65,7 @@ def _run(found: Record) -> Run:
         train=_records(found["train"]),
         evals=_records(found["evals"]),
         summary=_numbers(found["summary"]),
+        alarms=tuple(found.get("alarms", ())),
     )
 
 

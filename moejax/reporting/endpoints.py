@@ -29,7 +29,7 @@ def endpoint_figure(results: Results) -> Figure | None:
     axes[0, 0].locator_params(axis="x", nbins=6)
     axes[0, 0].margins(x=0.12)
     axes[0, 0].axvline(0, color="#6b6b6b", lw=1)
-    name_axes(axes[0, 0], "Loss at the end", f"bits per byte against {results.baseline}", "")
+    name_axes(axes[0, 0], "Loss at the end", f"{results.unit} against {results.baseline}", "")
     if balance:
         _draw_balance(axes[0, 1], results, balance)
     told = ", ".join(f"{name} {mean:+.4f}" for name, (_, mean, _) in gaps.items())
@@ -44,7 +44,7 @@ def endpoint_figure(results: Results) -> Figure | None:
             if balance
             else ""
         ),
-        f"Bits per byte against {results.baseline}: {told}.",
+        f"{results.unit} against {results.baseline}: {told}.",
         png(figure),
     )
 
@@ -82,4 +82,4 @@ def _draw_balance(axes: Axes, results: Results, balance: dict[str, tuple[float, 
     floors = [x for _, runs in results.finished() for x in values(runs, "eval.max_vio_floor") if x]
     axes.axvline(min(floors, default=1e-3), color="#6b6b6b", lw=1, ls=":")
     axes.set_xscale("log")
-    name_axes(axes, "Loss over balance", "MaxVio over the evaluation set", "bits per byte")
+    name_axes(axes, "Loss over balance", "MaxVio over the evaluation set", results.unit)

@@ -24,10 +24,10 @@ def load_figure(results: Results) -> Figure | None:
     for panel, (variant, run) in zip(axes, arms, strict=True):
         load_LE = _final_load(run)
         assert load_LE is not None
-        image = _heat(panel, _fair_share(load_LE))
+        image = heat(panel, fair_share(load_LE))
         name_axes(panel, variant, "expert", "MoE layer")
         panel.set_yticks(range(0, len(load_LE), math.ceil(len(load_LE) / 8)))
-    _load_bar(figure, image, axes)
+    load_bar(figure, image, axes)
     return Figure(
         "load",
         "Load of every expert",
@@ -48,9 +48,9 @@ def load_history_figure(results: Results) -> Figure | None:
     figure, axes = panels(len(arms), 2.3)
     for panel, (variant, run) in zip(axes, arms, strict=True):
         steps, load_SE = _history(run)
-        image = _heat(panel, _fair_share(load_SE).T, (float(steps[0]), float(steps[-1])))
+        image = heat(panel, fair_share(load_SE).T, (float(steps[0]), float(steps[-1])))
         name_axes(panel, variant, "step", "expert")
-    _load_bar(figure, image, axes)
+    load_bar(figure, image, axes)
     return Figure(
         "load_history",
         "Load of the last MoE layer over training",
@@ -81,7 +81,7 @@ def _history(run: Run) -> tuple[np.ndarray, np.ndarray]:
     return steps, np.asarray([r["load_LE"][-1] for r in records], np.float64)
 
 
-def _heat(axes: Axes, share: np.ndarray, steps: tuple[float, float] | None = None) -> AxesImage:
+def heat(axes: Axes, share: np.ndarray, steps: tuple[float, float] | None = None) -> AxesImage:
     """log2 of the load relative to the fair share, from a quarter (blue) to four times (red)."""
     image = axes.imshow(
         np.log2(np.clip(share, 0.25, 4)),
@@ -96,14 +96,14 @@ def _heat(axes: Axes, share: np.ndarray, steps: tuple[float, float] | None = Non
     return image
 
 
-def _fair_share(load_XE: np.ndarray) -> np.ndarray:
+def fair_share(load_XE: np.ndarray) -> np.ndarray:
     """Load of each expert / mean load; 0 where nothing was routed."""
     total_X1 = load_XE.sum(axis=1, keepdims=True)
     return load_XE.shape[1] * load_XE / np.where(total_X1 > 0, total_X1, 1)
 
 
 def panels(count: int, height: float) -> tuple[Canvas, list[Axes]]:
-    """A figure of so many panels, of a height in inches each, and they."""
+    """A figure of `count` axes of this height in inches, at most four side by side."""
     columns = math.ceil(count / math.ceil(count / 4))
     rows = math.ceil(count / columns)
     figure, axes = canvas(rows, columns, max(4.5, 10 * min(columns, 3) / 3), height * rows + 0.2)
@@ -112,13 +112,16 @@ def panels(count: int, height: float) -> tuple[Canvas, list[Axes]]:
     return figure, list(axes.flat)[:count]
 
 
-def _load_bar(figure: Canvas, image: AxesImage, axes: list[Axes]) -> None:
+def load_bar(
+    figure: Canvas, image: AxesImage, axes: list[Axes], middle: str = "fair share"
+) -> None:
+    """The scale of `heat`; `middle` says what a share of 1 is."""
     bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=15, ticks=[-2, -1, 0, 1, 2])
-    bar.set_ticklabels(["¼ or less", "½", "fair share", "2×", "4× or more"])
+    bar.set_ticklabels(["¼ or less", "½", middle, "2×", "4× or more"])
     bar.outline.set_visible(False)
 
 
 def _extremes(load_LE: np.ndarray | None) -> str:
     assert load_LE is not None
-    share_LE = _fair_share(load_LE)
+    share_LE = fair_share(load_LE)
     return f"from {share_LE.min():.2f} to {share_LE.max():.2f} of the fair share"

@@ -49,7 +49,7 @@ def loss_figure(results: Results) -> Figure | None:
         draw(axes[0, 0], curve(runs, "loss"), label(variant, runs), style)
         draw(axes[0, 1], curve(runs, "bpb", "eval"), label(variant, runs), style)
     name_axes(axes[0, 0], "Training loss, smoothed", "step", "nats per token")
-    name_axes(axes[0, 1], "Evaluation", "step", "bits per byte")
+    name_axes(axes[0, 1], "Evaluation", "step", results.unit)
     for panel in axes.flat:
         late_limits(panel)
     legend_above(figure, list(axes.flat))
@@ -60,7 +60,7 @@ def loss_figure(results: Results) -> Figure | None:
         "The lower curve learns more from the same tokens. Bands span the seeds: where they "
         "overlap, the order of the arms is not settled. The axes fit the last three quarters of "
         "training.",
-        f"Training loss and evaluation bits per byte over steps. Final bits per byte: {final}.",
+        f"Training loss and evaluation loss over steps. Final {results.unit}: {final}.",
         png(figure),
     )
 
@@ -79,7 +79,7 @@ def seconds_figure(results: Results) -> Figure | None:
     axes[0, 1].barh(list(speeds), rates, color=shades, height=0.65)
     axes[0, 1].invert_yaxis()
     axes[0, 1].grid(axis="y", visible=False)
-    name_axes(axes[0, 0], "Evaluation against training time", "seconds", "bits per byte")
+    name_axes(axes[0, 0], "Evaluation against training time", "seconds", results.unit)
     name_axes(axes[0, 1], "Training speed", "tokens per second", "")
     late_limits(axes[0, 0])
     legend_above(figure, [axes[0, 0]])
@@ -90,8 +90,7 @@ def seconds_figure(results: Results) -> Figure | None:
         "A router that wins per step may lose per second: read the curves at equal time. Seconds "
         "count training steps only, on the machine named below, without compilation and "
         "evaluation.",
-        f"Evaluation bits per byte over seconds of training, and tokens per second. Training took: "
-        f"{times}.",
+        f"Evaluation loss over seconds of training, and tokens per second. Training took: {times}.",
         png(figure),
     )
 
@@ -104,7 +103,7 @@ def domain_figure(results: Results) -> Figure | None:
     figure, axes = canvas(1, 2, 10, 3.5)
     grid = {v: [_mean(runs, f"eval.bpb_domain.{d}") for d in domains] for v, runs in arms}
     _bars(axes[0, 0], results, grid, domains)
-    name_axes(axes[0, 0], "Bits per byte by domain", "", "bits per byte")
+    name_axes(axes[0, 0], "Loss by domain", "", results.unit)
     base = grid.get(results.baseline)
     if base is not None and len(grid) > 1:
         gaps = {
@@ -124,7 +123,7 @@ def domain_figure(results: Results) -> Figure | None:
         f"Left: the level of each domain. Right: what an arm gains over {results.baseline} there "
         "(below 0 is better): experts that specialise help most where a domain stands apart. "
         "Means over seeds.",
-        "Bars of evaluation bits per byte by domain: "
+        f"Bars of evaluation {results.unit} by domain: "
         + "; ".join(f"{v} " + _listed(domains, bpb) for v, bpb in grid.items()),
         png(figure),
     )

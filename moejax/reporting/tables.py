@@ -69,10 +69,11 @@ def loss_table(results: Results) -> Table:
         cells += [_against_baseline(results, variant), _mean(runs, "eval.bpb_as_trained")]
         cells += [_mean(runs, "eval.leak"), _mean(runs, "train.loss"), _mean(runs, "seconds")]
         rows.append(tuple(cells))
+    masked = "masked " if results.masked else ""
     notes = (
-        "bpb: bits per byte of the evaluation text, lower is better; sd over seeds. The difference "
-        "is paired by seed, ± its one-sided 95 % half width (as in the verdicts). Train loss: nats "
-        "per token, mean of the last 10 % of training.",
+        f"bpb: {results.unit} of the evaluation text, lower is better; sd over seeds. The "
+        "difference is paired by seed, ± its one-sided 95 % half width (as in the verdicts). Train "
+        f"loss: nats per {masked}token, mean of the last 10 % of training.",
         *_leak_notes(results),
     )
     return Table("loss", "Loss", columns, tuple(rows), notes).without_empty_columns()
@@ -86,7 +87,7 @@ def domain_table(results: Results) -> Table:
         for variant, runs in results.finished()
         if domains
     )
-    notes = ("Mean over seeds, bits per byte.",)
+    notes = (f"Mean over seeds, {results.unit}.",)
     return Table("domains", "Loss by domain", columns, rows, notes)
 
 

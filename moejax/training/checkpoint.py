@@ -57,6 +57,11 @@ class Checkpoints:
         """The newest complete step, None if there is none."""
         return self._manager.latest_step()
 
+    @property
+    def steps(self) -> list[int]:
+        """The complete steps, oldest first."""
+        return sorted(self._manager.all_steps())
+
     def save(self, state: TrainState, progress: dict[str, Any], bpb: float | None) -> None:
         """Save the state of `state.step`.
 
@@ -90,7 +95,7 @@ class Checkpoints:
           FileNotFoundError: no checkpoint there, with the steps that are.
           ValueError: the checkpoint is of a model of other sizes.
         """
-        steps = sorted(self._manager.all_steps())
+        steps = self.steps
         if step is None and steps:
             step = steps[-1]
         if step is None or step not in steps:
@@ -172,19 +177,27 @@ def written_config(config: Config) -> dict[str, Any]:
 
 def _check_same(path: Path, config: Config) -> None:
     try:
-        there = _flat(json.loads(path.read_text()))
+        there = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}); choose another --workdir") from error
-    here = _flat(written_config(config))
+    if difference := differs(there, config):
+        raise ValueError(
+            f"{path.parent} holds a run with {difference}; choose another --workdir, or the old "
+            "value to resume it"
+        )
+
+
+def differs(written: dict[str, Any], config: Config) -> str:
+    """In what a run's written config is another one: "KEY=VALUE, this one has KEY=VALUE"; '' where
+    it is the same run."""
+    there, here = _flat(written), _flat(written_config(config))
     # A run older than a key has that key's default.
     defaults = _flat(written_config(Config()))
     there |= {key: defaults[key] for key in here if key not in there and key in defaults}
     for key in sorted({*there, *here} - _FREE):
         if there.get(key) != here.get(key):
-            raise ValueError(
-                f"{path.parent} holds a run with {key}={there.get(key)}, this one has "
-                f"{key}={here.get(key)}; choose another --workdir, or the old value to resume it"
-            )
+            return f"{key}={there.get(key)}, this one has {key}={here.get(key)}"
+    return ""
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

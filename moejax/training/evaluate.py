@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax.analysis.specialisation import by_domain, recovered, shuffled, specialisation
+from moejax.analysis.domains import by_domain, recovered, shuffled, specialisation
 from moejax.config import Config
 from moejax.data import Batch, TextDataset
 from moejax.routing import Decisions
@@ -26,7 +26,8 @@ def evaluate(
     """One evaluation record.
 
     Returns:
-      bpb: bits per byte of text, over all domains; bpb_domain; tokens; and for a model with experts
+      bpb: bits per byte of text, over all domains, and where tokens are masked per byte of those;
+      bpb_domain; tokens, and how many of them were targets; and for a model with experts
       max_vio_global (loads summed over the whole set), its floor under random routing, drop,
       left_behind, dead, load_LE; and by domain: load_domain [L, E], assignments, with the
       `specialisation` of experts, its floor, and the share of assignments that `recovered` the
@@ -40,17 +41,18 @@ def evaluate(
             batch=program.batch, limit_rows=rows, share=program.rows
         )
     ]
-    sums = _total(program.eval_step, state, batches, dataset.bytes_V)
+    sums = total(program.eval_step, state, batches, dataset.bytes_V)
     record: dict[str, Any] = {
-        "bpb": _bits_per_byte(sums.nll_domain.sum(), sums.bytes_domain.sum()),
+        "bpb": bits_per_byte(sums.nll_domain.sum(), sums.bytes_domain.sum()),
         "bpb_domain": {
-            name: _bits_per_byte(nll, size)
+            name: bits_per_byte(nll, size)
             for name, nll, size in zip(
                 dataset.domains, sums.nll_domain, sums.bytes_domain, strict=True
             )
             if size
         },
         "tokens": int(sums.tokens),
+        "targets": int(sums.targets),
     }
     if sums.stats is not None:
         routing = figures(sums.stats)
@@ -65,10 +67,8 @@ def evaluate(
     if sums.traced is not None:
         record["traced"] = trace_of_rows(trace_meta(config, dataset), *sums.traced)
     if program.eval_as_trained is not None:
-        pooled = _total(program.eval_as_trained, state, batches, dataset.bytes_V)
-        record["bpb_as_trained"] = _bits_per_byte(
-            pooled.nll_domain.sum(), pooled.bytes_domain.sum()
-        )
+        pooled = total(program.eval_as_trained, state, batches, dataset.bytes_V)
+        record["bpb_as_trained"] = bits_per_byte(pooled.nll_domain.sum(), pooled.bytes_domain.sum())
     return record
 
 
@@ -76,13 +76,13 @@ def _by_domain(rows: RowLoads, domains: tuple[str, ...]) -> dict[str, Any]:
     load_GLE = by_domain(rows.load_BLE, rows.domain_B, len(domains))
     return {
         "load_domain": dict(zip(domains, load_GLE, strict=True)),
-        "specialisation": specialisation(load_GLE),
-        "specialisation_floor": shuffled(rows.load_BLE, rows.domain_B, len(domains)),
-        "recovered": recovered(load_GLE),
+        "specialisation": specialisation(load_GLE).mean(),
+        "specialisation_floor": shuffled(rows.load_BLE, rows.domain_B, len(domains)).mean(),
+        "recovered": recovered(load_GLE).max(),
     }
 
 
-def _total(
+def total(
     step: Callable[..., EvalSums],
     state: TrainState,
     batches: Iterable[Any],
@@ -92,7 +92,7 @@ def _total(
     rows, row after row, and traced the first ones."""
     table, rows = np.asarray(bytes_V, np.float32), []
     traced: list[tuple[Batch, Decisions]] = []
-    total: Any = None
+    added: Any = None
     for batch in batches:
         found = step(state.params, state.router_state, batch, table)
         if found.traced is not None and _tokens(traced) < TRACED_TOKENS:
@@ -101,8 +101,8 @@ def _total(
         rows.append(sums.rows)
         sums = sums._replace(rows=None)
         wide = jax.tree.map(lambda a: np.asarray(a, np.result_type(a.dtype, np.int64)), sums)
-        total = wide if total is None else jax.tree.map(np.add, total, wide)
-    return total._replace(
+        added = wide if added is None else jax.tree.map(np.add, added, wide)
+    return added._replace(
         rows=jax.tree.map(lambda *a: np.concatenate(a), *rows), traced=_joined(traced)
     )
 
@@ -121,5 +121,6 @@ def _joined(traced: list[tuple[Batch, Decisions]]) -> tuple[Batch, Decisions] | 
     )
 
 
-def _bits_per_byte(nats: Any, size: Any) -> float:
+def bits_per_byte(nats: Any, size: Any) -> float:
+    """Nats of text that is `size` bytes."""
     return float(nats) / (math.log(2) * float(size))

@@ -89,7 +89,7 @@ def build_program(
     data, train = config.data, config.train
     compiled_in = dataclasses.replace(
         config,
-        data=DataConfig(sequence=data.sequence, batch=data.batch),
+        data=DataConfig(sequence=data.sequence, batch=data.batch, mask_rate=data.mask_rate),
         train=TrainConfig(
             steps=train.steps,
             accumulation=train.accumulation,

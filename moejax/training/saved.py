@@ -70,3 +70,13 @@ def open_run(
     finally:
         checkpoints.close()
     return SavedRun(config, dataset, program, state)
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """The steps of a run's checkpoints, oldest first. Raises FileNotFoundError where it has
+    none."""
+    checkpoints = Checkpoints(Path(workdir), read_only=True)
+    try:
+        return checkpoints.steps
+    finally:
+        checkpoints.close()

@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 
 from moejax.config import Config
-from moejax.data import Batch
+from moejax.data import UNSCORED, Batch
 from moejax.routing import Decisions, MoeStats
 from moejax.routing.balance import balance_losses
 from moejax.routing.metrics import figures
@@ -20,10 +20,10 @@ TRACED_TOKENS = 2048  # of an evaluation
 
 
 class Sums(NamedTuple):
-    """What a (micro)batch adds up to: nats of cross entropy, tokens counted, routing statistics."""
+    """What a (micro)batch adds up to: nats of cross entropy, targets, routing statistics."""
 
     nll: jax.Array
-    tokens: jax.Array
+    targets: jax.Array
     stats: MoeStats | None
 
 
@@ -35,7 +35,7 @@ def forward(
     graph: Any,
     record: bool = False,
 ) -> tuple[jax.Array, MoeStats | None]:
-    """Cross entropy of each token in nats, nll_BS (0 where not valid), and the routing
+    """Cross entropy of each target in nats, nll_BS (0 where not `scored`), and the routing
     statistics. A `ReplayBatch` brings the routing that the router `replay` follows."""
     nll_BS, stats = nnx.merge(graph, params)(
         batch.tokens_BS,
@@ -46,9 +46,15 @@ def forward(
         router_state=router_state,
         recorded=jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), getattr(batch, "recorded", None)),
         record=record,
+        # UNSCORED, -1, reads the last id's logit: a finite number, which is left out below.
         head=lambda x_BSD, w_DV: cross_entropy(x_BSD, w_DV, jnp.asarray(batch.targets_BS)),
     )
-    return jnp.where(batch.valid_BS, nll_BS, 0.0), stats
+    return jnp.where(scored(batch), nll_BS, 0.0), stats
+
+
+def scored(batch: Batch) -> jax.Array:
+    """bool [B, S]: which real tokens have a target. All; if some are masked, those."""
+    return jnp.asarray(batch.valid_BS & (batch.targets_BS != UNSCORED))
 
 
 def loss_fn(
@@ -58,7 +64,9 @@ def loss_fn(
 
     Microbatches are scanned *inside* the differentiated function, each rematerialised, and their
     sums added before any loss is formed. So a balance loss sees the loads of the global batch, and
-    accumulation changes memory, not the result.
+    accumulation changes memory, not the result. With model.remat each layer of a recomputed
+    microbatch is computed a third time: keeping its input instead, for all microbatches at once, is
+    the memory that accumulation saves.
     """
     parts = config.train.accumulation
 
@@ -71,7 +79,7 @@ def loss_fn(
             decisions, stats = stats.decisions, stats._replace(decisions=None)
         if decisions is not None:
             decisions = decisions._replace(scores_TE=None)
-        return None, (Sums(nll_BS.sum(), rows.valid_BS.sum(dtype=jnp.int32), stats), decisions)
+        return None, (Sums(nll_BS.sum(), scored(rows).sum(dtype=jnp.int32), stats), decisions)
 
     # A key for each row: its noise is the same in any microbatch.
     given = batch, jax.random.split(key, batch.tokens_BS.shape[0])
@@ -80,7 +88,7 @@ def loss_fn(
     _, (sums, decisions) = jax.lax.scan(body, None, given)
     sums = jax.tree.map(lambda a: a.sum(0), sums)
 
-    cross_entropy = sums.nll / jnp.maximum(sums.tokens, 1)
+    cross_entropy = sums.nll / jnp.maximum(sums.targets, 1)
     weights = dict(config.balance)
     balance = {} if sums.stats is None else balance_losses(sums.stats, weights)
     loss = cross_entropy + sum(weights[name] * value for name, value in balance.items())
@@ -111,7 +119,7 @@ def train_step(
     """One optimizer step: gradients, update, and the next router state from this batch's loads.
 
     Returns:
-      The next state, and metrics: loss (cross entropy, nats per token), balance (unweighted
+      The next state, and metrics: loss (cross entropy, nats per target), balance (unweighted
         losses), grad_norm, the routing `figures`, and with train.trace_every what a trace is made
         of: traced, the batch and its `Decisions` [L, B, S, ...].
     """
@@ -142,13 +150,14 @@ class RowLoads(NamedTuple):
 
 
 class EvalSums(NamedTuple):
-    """Sums over evaluation batches, by domain: nats, bytes of text, tokens; and routing statistics.
-    Not summed are `rows`, and `traced`: the first rows, TRACED_TOKENS at most, and their decisions
-    [L, B, S, ...]. Both are None where nothing is routed."""
+    """Sums over evaluation batches, by domain: nats, bytes of the targets; real tokens, targets;
+    and routing statistics. Not summed are `rows`, and `traced`: the first rows, TRACED_TOKENS at
+    most, and their decisions [L, B, S, ...]. Both are None where nothing is routed."""
 
     nll_domain: jax.Array
     bytes_domain: jax.Array
     tokens: jax.Array
+    targets: jax.Array
     stats: MoeStats | None
     rows: RowLoads | None = None
     traced: tuple[Batch, Decisions] | None = None
@@ -171,7 +180,7 @@ def eval_step(
                 jax.tree.map(lambda a: a[:, :few], decisions),
             )
         stats = stats._replace(decisions=None)
-    bytes_BS = jnp.where(batch.valid_BS, bytes_V[batch.targets_BS], 0.0)
+    bytes_BS = jnp.where(scored(batch), bytes_V[batch.targets_BS], 0.0)
 
     def by_domain(a_BS: jax.Array) -> jax.Array:
         one_hot = jax.nn.one_hot(batch.domain_B, domains, dtype=jnp.float32)
@@ -181,6 +190,7 @@ def eval_step(
         by_domain(nll_BS),
         by_domain(bytes_BS),
         batch.valid_BS.sum(dtype=jnp.int32),
+        scored(batch).sum(dtype=jnp.int32),
         stats,
         loads,
         traced,

@@ -48,6 +48,11 @@ def check_upcycle(old: Config, new: Config) -> None:
             f"train.upcycle: the dense model reads data.tokenizer={old.data.tokenizer}, this one "
             f"{new.data.tokenizer}"
         )
+    if old.data.mask_rate != new.data.mask_rate:
+        raise ValueError(
+            f"train.upcycle: the dense model was trained with data.mask_rate={old.data.mask_rate}, "
+            f"this one with {new.data.mask_rate}"
+        )
     if not new.moe.experts:
         raise ValueError("train.upcycle makes experts, this config has moe.experts=0")
     was_moe = [place[3] == "moe" for place in _places(old)]

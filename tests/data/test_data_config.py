@@ -18,6 +18,7 @@ from moejax.data import DataConfig
         ({"batch": 0}, "batch 0"),
         ({"validation": 0.0}, "validation 0.0"),
         ({"validation": 1.0}, "validation 1.0"),
+        ({"mask_rate": 1.0}, "mask_rate 1.0 must be 0 (predict the next token) or a share below 1"),
         ({"max_documents": -1}, "max_documents -1"),
         ({"domains": "code"}, "domains must be a tuple of names, not the string 'code'"),
         ({"domains": ("code", "prose", "code")}, "names one of them twice"),

@@ -132,6 +132,12 @@ def test_sizes_count_the_text(which, request):
     assert total == {"code": 40}
 
 
+def test_a_corpus_is_cut_by_the_tokeniser_of_another_run(small_config, small, small_bpe):
+    """The config says bytes; a model that was trained with bpe:400 reads it with its own ids."""
+    other = open_dataset(small_config, progress=False, tokenizer=small_bpe.tokenizer)
+    assert other.fingerprint == small_bpe.fingerprint != small.fingerprint
+
+
 def test_bpe_reads_the_same_text_in_fewer_tokens(small, small_bpe):
     assert small_bpe.vocab_size == 400
     for split in SPLITS:

@@ -39,6 +39,12 @@ def inputs(seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=(ROWS, LENGTH, 8)), jnp.float32)
 
 
+def attention(graph: Any, params: Any, x_BSD: jax.Array, position_BS: Any = POSITION_BS) -> Any:
+    """The layer over tokens that see each other and nothing before them."""
+    layer = nnx.merge(graph, params)
+    return layer(x_BSD, layer.keep(x_BSD, position_BS), MASK_BSS, position_BS)
+
+
 def rms(x, scale):
     return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale[None, None]
 
@@ -78,7 +84,7 @@ def test_latent_attention_is_the_plain_computation(q_rank: int) -> None:
     pure, x_BSD = nnx.to_pure_dict(params), inputs()
 
     def ours(pure, x):
-        return nnx.merge(graph, pure)(x, MASK_BSS, POSITION_BS)
+        return attention(graph, pure, x)
 
     def loss(forward):
         return lambda pure, x: jnp.sin(forward(pure, x)).sum()
@@ -99,7 +105,7 @@ def test_only_the_rotary_part_knows_positions() -> None:
 
     @jax.jit
     def run(pure, position_BS):
-        return nnx.merge(graph, pure)(inputs(), MASK_BSS, position_BS)
+        return attention(graph, pure, inputs(), position_BS)
 
     mixed_BS = POSITION_BS * 3 % LENGTH
     close(run(pure, POSITION_BS), run(pure, POSITION_BS + 5), 1e-4)  # relative
@@ -145,7 +151,7 @@ def test_queries_and_keys_are_normed_over_all_heads() -> None:
         one_head(turn(q_BSX[..., 4 * h :][..., :4], 100.0), k_BSX, v_BSX) @ p["w_out_HAD"][h]
         for h in range(2)
     )
-    close(nnx.merge(graph, params)(x, MASK_BSS, POSITION_BS), sum(heads))
+    close(attention(graph, params, x), sum(heads))
 
 
 @pytest.mark.parametrize(("kv_heads", "value_width"), [(2, 4), (1, 4), (2, 6)])

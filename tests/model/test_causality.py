@@ -76,5 +76,24 @@ def test_gradient_reaches_no_later_token(router: str) -> None:
             np.testing.assert_array_equal(reached_V, want_V)
 
 
+def test_where_tokens_are_masked_all_of_a_document_is_seen_and_nothing_leaks() -> None:
+    pooled = tiny_config("expert_choice", data__mask_rate=0.2)
+    assert pooled.dependence is not None and pooled.dependence.later and not pooled.leaks
+    graph, params = build(tiny_config(moe__experts=0, data__mask_rate=0.2))
+    token_BS = jnp.arange(ROWS * LENGTH).reshape(ROWS, LENGTH)
+    segment_BS = jnp.tile(jnp.asarray([0, 0, 0, 0, 0, 1, 1, 1]), (ROWS, 1))
+
+    @jax.jit
+    def by_embedding(params):
+        def loss(params):
+            logits_BSV, _ = nnx.merge(graph, params)(token_BS, segment_BS=segment_BS)
+            return jnp.sin(logits_BSV[0, 2]).sum()
+
+        return jax.grad(loss)(params)["embed_VD"][...]
+
+    reached_V = np.abs(by_embedding(params)).max(-1) > 0
+    np.testing.assert_array_equal(reached_V, np.arange(VOCAB) < 5)
+
+
 def test_a_dense_model_never_leaks() -> None:
     assert not tiny_config("expert_choice", moe__experts=0).leaks

@@ -131,7 +131,7 @@ def test_gpus_are_planned_by_formula():
     assert not found.compiled and "analytic" in found.notes[0]
     calls = {(r["kind"], r["pass"]): r["calls"] for r in found.collectives}
     assert calls["all-to-all", "forward"] == calls["all-to-all", "backward"] == 2 * LAYERS
-    again = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, remat=True))
+    again = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, remat="full"))
     assert plan_node(again, parse_topology("h100:1x8")).flops == pytest.approx(found.flops * 4 / 3)
 
 
@@ -156,10 +156,11 @@ def test_search_tries_remat_then_accumulation_then_meshes():
     found, tries = search(BIG, nodes, "big", 32, 20, said.append)
     assert tries == said and tries[-1].outcome == "fits"
     assert found is not None and found.memory.total == tries[-1].needed < 80e9
-    assert [t.change for t in tries[:3]] == [
+    assert [t.change for t in tries[:4]] == [
         "",
-        "--config.model.remat=True",
-        "--config.model.remat=True --config.train.accumulation=2",
+        "--config.model.remat=routing",
+        "--config.model.remat=full",
+        "--config.model.remat=full --config.train.accumulation=2",
     ]
     assert "--config.mesh.fsdp=" in tries[-1].change
     none, all_tried = search(BIG, nodes, "big", 32, 2, said.append)
@@ -170,8 +171,9 @@ def test_candidates_are_possible_meshes():
     found = list(meshes(CONFIG, 16))
     assert {"data": 2, "fsdp": 1, "expert": 8, "tensor": 1} in found
     assert all(m["data"] * m["fsdp"] * m["expert"] == 16 and m["expert"] <= 8 for m in found)
-    first, second, *_ = candidates(CONFIG, 8)
-    assert first == CONFIG and changes(CONFIG, second) == "--config.model.remat=True"
+    first, second, third, *_ = candidates(CONFIG, 8)
+    assert first == CONFIG and changes(CONFIG, second) == "--config.model.remat=routing"
+    assert changes(CONFIG, third) == "--config.model.remat=full"
 
 
 def test_dropless_rows_travel_in_ragged_exchanges():

@@ -8,6 +8,7 @@ import pytest
 from moejax.reporting import load
 from moejax.reporting.fairness import caveats, config_differences, learning_rates
 from moejax.reporting.results import lookup
+from moejax.reporting.tables import loss_table
 
 
 def test_reads_every_run(comparison: Path) -> None:
@@ -191,3 +192,12 @@ def test_learning_rates_of_two_machines_are_told_together(write, arms, tmp_path:
         (out / "suite.json").write_text(json.dumps(suite))
     told = learning_rates(load(tmp_path / "dense", tmp_path / "switch"))
     assert "x0.5, x2" in told and told.endswith("dense x0.5, switch x2")
+
+
+def test_losses_of_masked_tokens_are_called_so(comparison: Path) -> None:
+    assert load(comparison).unit == "bits per byte"
+    for path in comparison.glob("*/*/config.json"):
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, "data": {**config["data"], "mask_rate": 0.15}}))
+    (note,) = [n for n in loss_table(load(comparison)).notes if n.startswith("bpb:")]
+    assert "bits per masked byte of" in note and "nats per masked token" in note

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moejax.data import UNSCORED, open_dataset
+from moejax.model import Transformer
 from moejax.training.evaluate import evaluate
 from moejax.training.program import Program
 from moejax.training.state import make_graph
-from moejax.training.step import EvalSums
+from moejax.training.step import EvalSums, eval_step, loss_fn
 from tests import tiny
 
 
@@ -60,6 +62,35 @@ def test_bits_per_byte_by_hand_from_the_logits(config, state, record):
     assert record["tokens"] == tokens
 
 
+def test_where_tokens_are_masked_only_they_count():
+    """Training loss and evaluation, by hand from the logits; a model that had not hidden them would
+    read them off its input."""
+    config = tiny.tiny(moe={"experts": 0}, data={"mask_rate": 0.25})
+    dataset = open_dataset(config.data, progress=False)
+    batch = dataset.train_batch(0, seed=0)
+    graph = make_graph(config, tiny.VOCABULARY)
+    params = nnx.state(Transformer(config, tiny.VOCABULARY, nnx.Rngs(0)))
+
+    bytes_V = jnp.asarray(dataset.bytes_V)
+
+    @jax.jit
+    def run(params, batch):
+        logits_BSV, _ = nnx.merge(graph, params)(
+            batch.tokens_BS, segment_BS=batch.segment_BS, position_BS=batch.position_BS
+        )
+        loss, _ = loss_fn(params, None, batch, jax.random.key(0), graph, config)
+        sums = eval_step(params, None, batch, bytes_V, graph=graph, domains=2)
+        return jax.nn.log_softmax(logits_BSV), loss, sums
+
+    log_BSV, loss, sums = run(nnx.to_pure_dict(params), jax.tree.map(jnp.asarray, batch))
+    masked = np.argwhere(batch.targets_BS != UNSCORED)
+    nats = [-log_BSV[row, s, batch.targets_BS[row, s]] for row, s in masked]
+    assert loss == pytest.approx(np.mean(nats), rel=1e-5)
+    assert float(sums.nll_domain.sum()) == pytest.approx(np.sum(nats), rel=1e-5)
+    assert float(sums.bytes_domain.sum()) == sums.targets == len(masked)
+    assert sums.tokens == batch.valid_BS.sum() > 3 * len(masked)
+
+
 def test_routing_is_over_the_whole_set(record, config):
     load_LE = np.asarray(record["load_LE"])
     np.testing.assert_allclose(load_LE.sum(-1), 1.0, rtol=1e-5)
@@ -91,8 +122,8 @@ def test_the_mean_is_weighted_by_bytes_not_by_domain_or_batch(config, program):
     """Two batches: 30 + 10 nats on 10 + 20 bytes of one domain, 7 on 1 byte of the other."""
     sums = iter(
         [
-            EvalSums(np.array([30.0, 7.0]), np.array([10.0, 1.0]), np.int32(11), None),
-            EvalSums(np.array([10.0, 0.0]), np.array([20.0, 0.0]), np.int32(20), None),
+            EvalSums(np.array([30.0, 7.0]), np.array([10.0, 1.0]), *counts(11), None),
+            EvalSums(np.array([10.0, 0.0]), np.array([20.0, 0.0]), *counts(20), None),
         ]
     )
     stub = Program(**{**vars(program), "eval_step": lambda *_: next(sums)})
@@ -114,9 +145,14 @@ def test_groups_of_training_are_reported_beside_those_of_evaluation(program):
     assert record["bpb_as_trained"] == pytest.approx(2 / 3 * record["bpb"])
 
 
+def counts(tokens):
+    """Of tokens, and of targets."""
+    return np.int32(tokens), np.int32(tokens)
+
+
 def _stub(program, pooled, causal):
     def sums(nats):
-        one = EvalSums(np.array([nats, 0.0]), np.array([10.0, 1.0]), np.int32(11), None)
+        one = EvalSums(np.array([nats, 0.0]), np.array([10.0, 1.0]), *counts(11), None)
         return lambda *_: one
 
     changes = {"eval_step": sums(causal), "eval_as_trained": sums(pooled)}

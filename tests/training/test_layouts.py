@@ -25,7 +25,7 @@ STEPS = 20
 class Layout(NamedTuple):
     mesh: MeshConfig = MeshConfig(data=1)
     accumulation: int = 1
-    remat: bool = False
+    remat: str = "none"
 
     @property
     def devices(self) -> int:
@@ -34,7 +34,8 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = {
-    "remat": Layout(remat=True),
+    "remat=full": Layout(remat="full"),
+    "remat=routing": Layout(remat="routing"),
     "accumulation=2": Layout(accumulation=2),
     "accumulation=4": Layout(accumulation=4),
     "data=2": Layout(MeshConfig(data=2)),
@@ -45,7 +46,7 @@ LAYOUTS = {
     "data=2 expert=2": Layout(MeshConfig(data=2, expert=2)),
     "data=8": Layout(MeshConfig(data=8)),
     "all axes": Layout(MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
-    "all": Layout(MeshConfig(data=1, fsdp=2, expert=2, tensor=2), accumulation=2, remat=True),
+    "all": Layout(MeshConfig(data=1, fsdp=2, expert=2, tensor=2), accumulation=2, remat="routing"),
 }
 SOME = {"all axes": ("switch", "expert_choice"), "all": ("loss_free", "noisy_topk")}
 ARMS: dict[str, dict[str, Any]] = catalogue.get_suite("smoke").variants

@@ -45,18 +45,21 @@ problem = Problem(
     target_TD=jnp.asarray([[3.0]]),
 )
 routers = {
-    "dense: every expert": None,
     "top-1": make_router("topk", {"k": 1}),
     "top-2 raw": make_router("topk", {"k": 2}),
     "top-2 renormalised": make_router("topk", {"k": 2, "renormalise": True}),
     "DenseMixer top-1": make_router("densemixer", {"k": 1}),
 }
+gradients = {"dense: every expert": dense_gradient(make_router("topk"), problem)[0]}
 for name, router in routers.items():
-    if router is None:
-        gradient_TE = dense_gradient(make_router("topk"), problem)
-    else:
-        gradient_TE = router_gradient(router, problem, None)
-    print(f"{name:22s}", "  ".join(f"{float(g):+.3f}" for g in gradient_TE[0]))
+    gradients[name] = router_gradient(router, problem, None)[0]
+for name, gradient_E in gradients.items():
+    print(f"{name:22s}", "  ".join(f"{float(g):+.3f}" for g in gradient_E))
+
+dense_E, mixed_E = gradients["dense: every expert"], gradients["DenseMixer top-1"]
+assert dense_E[2] < 0 and (gradients["top-1"] == 0).all()  # the third logit should rise
+assert gradients["top-2 raw"][1] < 0 < gradients["top-2 raw"][2]
+assert jnp.allclose(mixed_E / jnp.linalg.norm(mixed_E), dense_E / jnp.linalg.norm(dense_E))
 
 # %% [markdown]
 # Asked densely, the router should raise the third logit. Top-1 sees only that expert 0 gives
@@ -93,8 +96,14 @@ for panel, title, field in zip(panels, titles, ("cosine", "bias", "deviation"), 
     for arm, by_scale in found.items():
         panel.plot(scales, [float(getattr(q, field)) for q in by_scale], marker=".", label=arm)
     panel.set(title=title, xscale="log", xlabel="scale of the logits")
-panels[0].legend(fontsize=8)
+    panel.set_xticks(scales, [f"{scale:g}" for scale in scales])
+    panel.minorticks_off()
+figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
 plt.show()
+
+at_1 = {arm: by_scale[scales.index(1.0)] for arm, by_scale in found.items()}
+assert at_1["top-2 renormalised"].cosine < at_1["top-2"].cosine < at_1["densemixer"].cosine
+assert at_1["densemixer"].cosine > 0.95 and at_1["sparsemixer"].deviation > 0.2
 
 # %% [markdown]
 # ## Against its own expected loss
@@ -107,7 +116,6 @@ plt.show()
 for name, options in (
     ("gshard_top2", {}),
     ("noisy_topk", {"k": 2}),
-    ("vmoe", {"k": 2}),
     ("sparsemixer2", {"k": 1}),
 ):
     sizes = {"experts": 3, "problems": 16, "draws": 128}
@@ -116,6 +124,7 @@ for name, options in (
         f"{name:14s} cosine {float(q.cosine):.2f}   bias {float(q.bias):.2f}   "
         f"deviation {float(q.deviation):.2f}"
     )
+    assert q.bias > 0.2
 
 # %% [markdown]
 # ## How many experts are enough?
@@ -123,6 +132,9 @@ for name, options in (
 # The bias of top-k falls as k grows, until at k = E there is none.
 
 # %%
-for k in range(1, 7):
+biases = []
+for k in (1, 2, 4, 6):
     q = average_quality("topk", {"k": k}, problems=16, draws=1)
     print(f"k={k}: cosine {float(q.cosine):.3f}   bias {float(q.bias):.3f}")
+    biases.append(float(q.bias))
+assert biases == sorted(biases, reverse=True) and biases[-1] < 1e-5
