@@ -26,6 +26,7 @@ TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = always the likeliest t
 TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the likeliest tokens of this total probability")
 SEED = flags.DEFINE_integer("seed", 0, "of the draws of the first text; the next has seed + 1")
 TRACE = flags.DEFINE_string("trace", None, "a folder for the trace of which expert took what")
+VIEW = flags.DEFINE_string("view", None, "an HTML page that shows it, as `moejax view` makes them")
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the newest")
 
 
@@ -34,12 +35,12 @@ def main(arguments: list[str]) -> int:
         raise ValueError("usage: moejax generate WORKDIR --prompt=TEXT")
     texts = _texts()
     from moejax.generation.sampling import checked
-    from moejax.generation.traced import save_trace, trace_written
     from moejax.generation.writing import write
     from moejax.training.saved import open_run
 
     checked(TEMPERATURE.value, TOP_P.value)
-    run = open_run(Path(arguments[0]), STEP.value)
+    workdir = Path(arguments[0])
+    run = open_run(workdir, STEP.value)
     prompts = run.dataset.tokenizer.encode(texts)
     written = write(
         run,
@@ -50,9 +51,27 @@ def main(arguments: list[str]) -> int:
         seed=SEED.value,
     )
     _show(run, prompts, written)
-    if TRACE.value is not None:
-        save_trace(Path(TRACE.value), trace_written(run, prompts, written), prompts)
+    if TRACE.value or VIEW.value:
+        _keep(workdir, run, prompts, written)
     return 0
+
+
+def _keep(
+    workdir: Path, run: "SavedRun", prompts: "Sequence[np.ndarray]", written: "Written"
+) -> None:
+    """The routing of what was written, as a trace and as a page."""
+    from moejax.generation.traced import save_trace, trace_written
+    from moejax.viewing import page
+    from moejax.viewing.gathering import names, panel_of
+
+    trace = trace_written(run, prompts, written)
+    if TRACE.value:
+        save_trace(Path(TRACE.value), trace, prompts)
+    if VIEW.value:
+        (name,) = names([workdir])
+        panel = panel_of(name, workdir, run, trace)
+        html = page([panel], f"What {panel.title} wrote, and where each token went")
+        Path(VIEW.value).write_text(html, encoding="utf-8")
 
 
 def _texts() -> list[bytes]:

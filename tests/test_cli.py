@@ -488,12 +488,13 @@ def test_generate_writes_on(moejax, out, tmp_path):
     before = tiny.snapshot(run)
     code, text, err = moejax(
         *("generate", run, "--prompt=def f", f"--prompts={prompts}", "--tokens=4"),
-        f"--trace={tmp_path / 'trace'}",
+        *(f"--trace={tmp_path / 'trace'}", f"--view={tmp_path / 'page.html'}"),
     )
     assert code == 0, err
     assert text.startswith("--- 1\ndef f") and "--- 2\nclass A" in text and "--- 3\nThe" in text
     assert "tokens/s" in err.splitlines()[-1]
     assert open_trace(tmp_path / "trace").read().document_T[-1] == 2
+    assert "switch/seed0, step 4 wrote" in (tmp_path / "page.html").read_text()
     assert tiny.snapshot(run) == before
 
 

@@ -15,6 +15,7 @@ from moejax.config import (
     override,
     router_config,
 )
+from moejax.config.older import modern
 from moejax.routing import ROUTERS, RouterInput, Routing, hyperparameters, token_choice
 
 
@@ -132,9 +133,12 @@ def test_expert_choice_fits_where_the_numbers_do() -> None:
     assert config.choices == 2  # 2 x 4 / 8 = 1 for each position
 
 
-def test_a_config_from_before_remat_was_a_choice_still_reads() -> None:
-    read = [Config.from_dict(tree(model__remat=old)).model.remat for old in (False, True)]
-    assert read == ["none", "full"]
+def test_configs_of_earlier_versions_still_read() -> None:
+    for old, remat, every in ((False, "none", 0), (True, "full", 1)):
+        written = tree(model__remat=old, train__record_routing=old)
+        read = Config.from_dict(modern(written))
+        assert (read.model.remat, read.train.trace_every) == (remat, every)
+    assert written["train"]["record_routing"]  # it is left as it was
 
 
 def test_a_dense_config_asks_nothing_of_the_router() -> None:

@@ -260,8 +260,6 @@ def _section(section: str, cls: type, values: Mapping[str, Any]) -> Any:
             raise ValueError(
                 f"unknown config key {section}.{name}{did_you_mean(f'{section}.{name}', known)}"
             )
-        if (section, name) == ("model", "remat") and isinstance(value, bool):
-            value = "full" if value else "none"  # as it was written before there was a choice
         checked[name] = _typed(f"{section}.{name}", _freeze(value), hints[name])
     return cls(**checked)
 

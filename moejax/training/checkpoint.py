@@ -1,6 +1,9 @@
 """Checkpoints: orbax, asynchronous and atomic, restored onto whatever mesh the run has now."""
 
+import contextlib
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from moejax.config import Config
+from moejax.config.older import modern
 from moejax.routing import RouterSpec
 from moejax.training.state import TrainState
 
@@ -29,28 +33,28 @@ class Checkpoints:
         """newest: how many to keep; read_only: leave the folder as it is, a run may be writing
         there."""
         self._directory = workdir / "checkpoints"
-        best = keep.BestN(
-            get_metric_fn=_bpb, reverse=True, n=1, keep_checkpoints_without_metrics=False
-        )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(newest), best]),
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
-            read_only=read_only,
-        )
         if read_only and not self._directory.is_dir():
             raise FileNotFoundError(
                 f"no checkpoint in {self._directory}: the run has saved none yet"
             )
-        self._manager = ocp.CheckpointManager(
-            self._directory.absolute(),
-            options=options,
-            # Named here, because a new process could not tell what it finds otherwise.
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "progress": ocp.JsonCheckpointHandler(),
-            },
+        best = keep.BestN(
+            get_metric_fn=_bpb, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
+        with _without_warnings(read_only):
+            self._manager = ocp.CheckpointManager(
+                self._directory.absolute(),
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(newest), best]),
+                    cleanup_tmp_directories=not read_only,
+                    create=not read_only,
+                    read_only=read_only,
+                ),
+                # Named here, because a new process could not tell what it finds otherwise.
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(),
+                    "progress": ocp.JsonCheckpointHandler(),
+                },
+            )
 
     @property
     def latest(self) -> int | None:
@@ -129,6 +133,18 @@ class Checkpoints:
         self._manager.close()
 
 
+@contextlib.contextmanager
+def _without_warnings(read_only: bool) -> Iterator[None]:
+    """Orbax warns of a directory that is read only, where that was asked for."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR if read_only else before)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def has_checkpoint(workdir: Path) -> bool:
     """Whether a run in this folder has saved anything: without it, the run starts from step 0."""
     return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
@@ -190,7 +206,7 @@ def _check_same(path: Path, config: Config) -> None:
 def differs(written: dict[str, Any], config: Config) -> str:
     """In what a run's written config is another one: "KEY=VALUE, this one has KEY=VALUE"; '' where
     it is the same run."""
-    there, here = _flat(written), _flat(written_config(config))
+    there, here = _flat(modern(written)), _flat(written_config(config))
     # A run older than a key has that key's default.
     defaults = _flat(written_config(Config()))
     there |= {key: defaults[key] for key in here if key not in there and key in defaults}

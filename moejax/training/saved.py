@@ -8,6 +8,7 @@ from typing import NamedTuple
 from flax import nnx
 
 from moejax.config import Config
+from moejax.config.older import modern
 from moejax.data import TextDataset, open_dataset
 from moejax.model import Transformer
 from moejax.training.checkpoint import Checkpoints
@@ -42,7 +43,7 @@ def read_config(workdir: Path) -> Config:
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{workdir} holds no run: there is no config.json")
-    return Config.from_dict(json.loads(path.read_text()))
+    return Config.from_dict(modern(json.loads(path.read_text())))
 
 
 def open_run(

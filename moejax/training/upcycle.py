@@ -23,6 +23,7 @@ import optax
 from jax.sharding import Mesh
 
 from moejax.config import Config
+from moejax.config.older import modern
 from moejax.model.transformer import layer_stacks
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.optimizer import make_optimizer
@@ -183,7 +184,7 @@ def dense_config(workdir: Path) -> Config:
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise ValueError(f"train.upcycle={workdir} holds no run: there is no config.json")
-    return Config.from_dict(json.loads(path.read_text()))
+    return Config.from_dict(modern(json.loads(path.read_text())))
 
 
 def _places(config: Config) -> list[tuple[int, int, int, str]]:

@@ -31,7 +31,11 @@ def gather(name: str, workdir: Path, step: int | None, text: str | None, tokens:
       ValueError: no layer of the model routes, or the text holds no token.
     """
     run = open_run(workdir, step)
-    trace = _trace(run, text, tokens)[:tokens]
+    return panel_of(name, workdir, run, _trace(run, text, tokens)[:tokens])
+
+
+def panel_of(name: str, workdir: Path, run: SavedRun, trace: Trace) -> Panel:
+    """A panel of a run whose trace, with scores and guesses, is there already."""
     decode = run.dataset.decode
     assert trace.predicted_T is not None
     return Panel(

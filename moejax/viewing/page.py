@@ -31,6 +31,7 @@ SCRIPTS = (
     "training",
     "active",
     "controls",
+    "keys",
     "head",
     "address",
 )

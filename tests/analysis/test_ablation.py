@@ -6,21 +6,26 @@ import numpy as np
 import pytest
 
 from moejax.analysis.ablation import CHOSEN, NOTHING, OTHER, Without, ablated
-from moejax.routing import LayerSize, RouterInput, combine_TE, make_router
+from moejax.routing import LayerSize, RouterInput, Routing, combine_TE, make_router
 
 # Descending in each row: experts 0 1 2 3, and 3 2 1 0.
 LOGITS_TE = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]]))
 
 
-def weights(name: str, which: int, logits_TE: jax.Array = LOGITS_TE, **options) -> np.ndarray:
-    """The dense weights [T, E] of an ablated router."""
+def routed(name: str, which: int, logits_TE: jax.Array, **options) -> Routing:
+    """What an ablated router says."""
     router, tokens = make_router(name, options), logits_TE.shape[0]
     size = LayerSize(logits_TE.shape[1], 4, 8, jnp.ones(8))
     ids_T = jnp.arange(tokens)
     valid_T = jnp.ones(tokens, bool)
     state = Without(jnp.int32(which), router.init(size))
     r = RouterInput(logits_TE, valid_T, None, state, token_T=ids_T, next_T=ids_T)
-    return np.asarray(combine_TE(ablated(router).route(r)))
+    return ablated(router).route(r)
+
+
+def weights(name: str, which: int, logits_TE: jax.Array = LOGITS_TE, **options) -> np.ndarray:
+    """The dense weights [T, E] of an ablated router."""
+    return np.asarray(combine_TE(routed(name, which, logits_TE, **options)))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +58,7 @@ def test_a_random_choice_is_one_of_the_tokens_own() -> None:
 
 def test_a_table_insists_and_loses_the_assignment() -> None:
     assert (weights("hash", NOTHING, k=1) > 0).sum() == 2
-    assert (weights("hash", 0, k=1) > 0).sum() == 0
+    assert routed("hash", 0, LOGITS_TE, k=1).expert_N.tolist() == [4, 4]  # nowhere
 
 
 def test_experts_that_choose_and_gates_that_open_do_without_too() -> None:

@@ -57,6 +57,16 @@ def test_every_figure_of_random_routing_is_at_its_floor() -> None:
         assert control is None or abs(value.mean() - control.mean()) < room, name
 
 
+def test_what_is_shuffled_loses_its_order() -> None:
+    """Both layers: half a document at one expert, then half at another."""
+    half_T = np.arange(6400) // 16
+    expert_TL = np.stack([half_T % 5, half_T % 5], 1)
+    found = measure([trace(expert_TL[..., None], 5, document_T=half_T // 2)]).figures()
+    for name, dealt in (("repetition_first", 15 / 31), ("predictability", 1 / 2)):
+        value, _, control = found[name]
+        assert value.min() > 0.96 and control == pytest.approx(dealt, abs=0.05), name
+
+
 def test_what_is_not_known_is_left_out() -> None:
     found = measure([dataclasses.replace(lively(), predicted_T=None)]).figures()
     assert WHOLE.keys() - found.keys() == {"vocabulary_predicted"}

@@ -53,6 +53,11 @@ class Browser:
     def click(self, selector: str) -> None:
         self.run("document.querySelector(arguments[0]).click()", selector)
 
+    def point(self, selector: str) -> None:
+        """Move the pointer over an element."""
+        element = self.driver.find_element("css selector", selector)
+        webdriver.ActionChains(self.driver).move_to_element(element).perform()
+
     def press(self, key: str) -> None:
         """A key where the focus is."""
         webdriver.ActionChains(self.driver).send_keys(key).perform()

@@ -91,8 +91,7 @@ def told(panel, t: int, layer: int) -> list[str]:
 
 
 def test_hover_and_focus_tell_the_weights(one: Browser) -> None:
-    one.run("arguments[0].dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))",
-            one.run("return document.querySelector('[data-t=\"2\"]')"))  # fmt: skip
+    one.point('#panels [data-t="2"]')
     assert one.texts("#card .choices li") == told(PANEL, 2, 0)
     assert one.texts("#card .choices li")[0].endswith("dropped")
     one.click('[data-t="7"]')

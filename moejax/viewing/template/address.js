@@ -4,7 +4,7 @@
 const KEPT = ["layer", "rank", "token", "step", "moment", "expert", "chosenIn"];
 const LIMITS = {
   layer: LAYERS - 1,
-  rank: rankSelect.options.length - 1,
+  rank: RANKS - 1,
   token: TOKENS - 1,
   step: 7,
   moment: Math.max(0, MOMENTS.length - 1),

@@ -1,9 +1,10 @@
-// Layer, choice, theme and keys.
+// The bar: layer and choice; and the theme.
 
 function nextTo(label, control) {
   return make("label", {}, make("span", {}, label), control);
 }
 
+const RANKS = Math.min(LISTED, ...MODELS.map(({ R }) => R));
 const layerSlider = make("input", {
   type: "range",
   id: "layer",
@@ -17,14 +18,8 @@ const layerName = make("output", { id: "layer-name", for: "layer" });
 const rankSelect = make(
   "select",
   { id: "rank", onchange: (event) => show({ rank: Number(event.target.value) }) },
-  ...Array.from(
-    {
-      length: Math.min(
-        8,
-        MODELS.reduce((r, m) => Math.min(r, m.R), 8),
-      ),
-    },
-    (_, r) => make("option", { value: r }, `${ordinal(r + 1)} choice`),
+  ...Array.from({ length: RANKS }, (_, r) =>
+    make("option", { value: r }, `${ordinal(r + 1)} choice`),
   ),
 );
 
@@ -52,7 +47,7 @@ fill(
     "›",
   ),
   layerSlider,
-  ...(rankSelect.options.length > 1 ? [nextTo("Colour by", rankSelect)] : []),
+  ...(RANKS > 1 ? [nextTo("Colour by", rankSelect)] : []),
   make(
     "button",
     { type: "button", id: "all", onclick: () => show({ expert: -1 }) },
@@ -73,9 +68,7 @@ const THEMES = ["", "light", "dark"];
 
 function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
-  byId("theme").textContent = { "": "Theme: system", light: "Theme: light", dark: "Theme: dark" }[
-    theme
-  ];
+  byId("theme").textContent = `Theme: ${theme || "system"}`;
   drawActive();
   if (TRAINED.length) drawMaps();
 }
@@ -84,48 +77,3 @@ byId("theme").addEventListener("click", () =>
 );
 night.addEventListener("change", () => setTheme(document.documentElement.dataset.theme));
 setTheme("");
-
-const KEYS = {
-  "← →": [
-    "the token before, the token after",
-    { ArrowLeft: () => focusToken(state.token - 1), ArrowRight: () => focusToken(state.token + 1) },
-  ],
-  "↓ ↑": [
-    "a layer down, a layer up (in the text)",
-    { ArrowDown: () => showLayer(state.layer - 1), ArrowUp: () => showLayer(state.layer + 1) },
-  ],
-  "Home End": [
-    "the first token, the last one",
-    { Home: () => focusToken(0), End: () => focusToken(TOKENS - 1) },
-  ],
-};
-
-document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const inText = event.target.dataset?.t !== undefined;
-  const inField = event.target.matches("input, select");
-  const act =
-    inText && Object.assign({}, ...Object.values(KEYS).map(([, acts]) => acts))[event.key];
-  if (act) {
-    event.preventDefault();
-    act();
-  } else if (event.key === "Escape") show({ expert: -1, hover: -1 });
-  else if (inField) return;
-  else if (event.key === "[") showLayer(state.layer - 1);
-  else if (event.key === "]") showLayer(state.layer + 1);
-  else if (/^[1-7]$/.test(event.key)) showStep(Number(event.key));
-});
-
-const told = [
-  ...Object.entries(KEYS).map(([keys, [what]]) => [keys, what]),
-  ["[ ]", "a layer down, a layer up (anywhere)"],
-  ["1 – 7", "a step of the way through the layer"],
-  ["Escape", "no expert selected"],
-];
-fill(
-  byId("keys"),
-  ...told.flatMap(([keys, what]) => [
-    make("dt", {}, ...keys.split(" ").map((key) => make("kbd", {}, key))),
-    make("dd", {}, what),
-  ]),
-);
