@@ -341,13 +341,18 @@ def verdicts(text):
     return [line for line in text.splitlines() if "P1" in line]
 
 
-def test_evaluate_prints_the_runs_own_bits_per_byte(moejax, out):
+def test_evaluate_prints_the_runs_own_bits_per_byte(moejax, out, tmp_path):
     run = out / "switch/seed0"
     before = tiny.snapshot(run)
-    code, text, err = moejax("evaluate", run, "--rows=16")
+    code, text, err = moejax("evaluate", run, "--rows=16", f"--trace={tmp_path}/trace")
     assert code == 0, err
     summary = json.loads((run / "summary.json").read_text())
     assert f"step 4: bits per byte {summary['bpb']:.4f} on" in text
+    tokens = summary["eval"]["tokens"]
+    assert f"trace of {tokens:,} tokens: {tmp_path}/trace" in text
+    assert len(open_trace(tmp_path / "trace").read()) == tokens
+    answer = moejax("evaluate", out / "dense/seed0", f"--trace={tmp_path}/no")
+    assert_refused(answer, "no layer of this model routes tokens to experts")
     assert_refused(moejax("evaluate", run, "--step=3"), "no checkpoint of step 3", "[4]")
     assert tiny.snapshot(run) == before
 

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .layers import PANELS
 from .results import Record, Results, Run
 
-_PICTURES_ONLY = ("kind", "load_LE", "load_domain")
+_PICTURES_ONLY = ("kind", "load_LE", "load_domain", *PANELS)
 
 
 def archived(run: Run) -> Record:

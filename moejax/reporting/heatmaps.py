@@ -17,7 +17,7 @@ from .tables import is_moe
 
 def load_figure(results: Results) -> Figure | None:
     """Load per layer and expert at the last evaluation, of the first seed."""
-    arms = _moe_arms(results, lambda run: _final_load(run) is not None)
+    arms = moe_arms(results, lambda run: _final_load(run) is not None)
     if not arms:
         return None
     figure, axes = panels(len(arms), 1.9)
@@ -42,7 +42,7 @@ def load_figure(results: Results) -> Figure | None:
 
 def load_history_figure(results: Results) -> Figure | None:
     """Load per expert of the last MoE layer over the training batches, first seed."""
-    arms = _moe_arms(results, lambda run: len(_history(run)[0]) > 1)
+    arms = moe_arms(results, lambda run: len(_history(run)[0]) > 1)
     if not arms:
         return None
     figure, axes = panels(len(arms), 2.3)
@@ -63,7 +63,8 @@ def load_history_figure(results: Results) -> Figure | None:
     )
 
 
-def _moe_arms(results: Results, wanted: Callable[[Run], bool]) -> list[tuple[str, Run]]:
+def moe_arms(results: Results, wanted: Callable[[Run], bool]) -> list[tuple[str, Run]]:
+    """Variants with experts and their first seed's run, where it has what is wanted."""
     return [(v, runs[0]) for v, runs in results.finished() if is_moe(runs[0]) and wanted(runs[0])]
 
 

@@ -24,6 +24,7 @@ from .figures import (
     style_context,
 )
 from .heatmaps import load_figure, load_history_figure
+from .layers import layer_figure, saturation_figure
 from .results import Results, Run
 from .tables import batch_floor, domains_of, is_moe, label, random_drops, values
 
@@ -33,6 +34,7 @@ def all_figures(results: Results) -> list[Figure]:
     drawers: tuple[Callable[[Results], Figure | None], ...] = (
         *(endpoint_figure, loss_figure, seconds_figure, domain_figure),
         *(max_vio_figure, drop_figure, load_figure, load_history_figure),
+        *(layer_figure, saturation_figure),
     )
     with style_context():
         return [figure for drawer in drawers if (figure := drawer(results)) is not None]

@@ -156,22 +156,29 @@ def figures(stats: MoeStats) -> dict[str, jax.Array]:
       max_vio, load_entropy, router_entropy, dead: means over layers; busiest: the share of its
         layer's tokens that the busiest expert of all gets; drop, left_behind: shares over all
         layers; drop_k [K]: the share of each rank of choice that was dropped, per valid token;
-        load_LE: each layer's share of assignments per expert.
+        load_LE: each layer's share of assignments per expert; and by layer max_vio_L, drop_L,
+      load_entropy_L and router_entropy_L.
     """
     num_experts = stats.load_E.shape[-1]
     # In float32: summed over its layers, a large batch's assignments pass 2**31.
     assigned = stats.load_E.sum(dtype=jnp.float32)
     layer_tokens = jnp.maximum(stats.tokens.sum(dtype=jnp.float32), 1.0)
     load_L = jnp.maximum(stats.load_E.sum(-1, keepdims=True), 1)
+    dropped_L = (stats.load_E - stats.kept_E).sum(-1)
+    max_vio_L, load_entropy_L = max_vio(stats.load_E), normalised_entropy(stats.load_E)
+    router_entropy_L = stats.entropy / jnp.maximum(stats.tokens, 1) / jnp.log(max(2, num_experts))
     return {
-        "max_vio": max_vio(stats.load_E).mean(),
-        "load_entropy": normalised_entropy(stats.load_E).mean(),
-        "router_entropy": (stats.entropy / jnp.maximum(stats.tokens, 1)).mean()
-        / jnp.log(max(2, num_experts)),
+        "max_vio": max_vio_L.mean(),
+        "load_entropy": load_entropy_L.mean(),
+        "router_entropy": router_entropy_L.mean(),
         "busiest": (stats.load_E.max(-1) / jnp.maximum(stats.tokens, 1)).max(),
         "dead": (stats.load_E == 0).mean(dtype=jnp.float32),
         "drop": (assigned - stats.kept_E.sum(dtype=jnp.float32)) / jnp.maximum(assigned, 1.0),
         "drop_k": stats.dropped_K.sum(0, dtype=jnp.float32) / layer_tokens,
         "left_behind": stats.left_behind.sum(dtype=jnp.float32) / layer_tokens,
         "load_LE": stats.load_E / load_L,
+        "max_vio_L": max_vio_L,
+        "drop_L": dropped_L / load_L[..., 0],
+        "load_entropy_L": load_entropy_L,
+        "router_entropy_L": router_entropy_L,
     }

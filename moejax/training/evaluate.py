@@ -9,12 +9,15 @@ import numpy as np
 
 from moejax.analysis.domains import by_domain, recovered, shuffled, specialisation
 from moejax.config import Config
-from moejax.data import TextDataset
+from moejax.data import Batch, TextDataset
+from moejax.routing import Decisions
 from moejax.routing.floors import max_vio_floor
 from moejax.routing.metrics import figures
+from moejax.tracing import trace_of_rows
 from moejax.training.program import Program
+from moejax.training.recording import trace_meta
 from moejax.training.state import TrainState
-from moejax.training.step import EvalSums, RowLoads
+from moejax.training.step import TRACED_TOKENS, EvalSums, RowLoads
 
 
 def evaluate(
@@ -28,7 +31,8 @@ def evaluate(
       max_vio_global (loads summed over the whole set), its floor under random routing, drop,
       left_behind, dead, load_LE; and by domain: load_domain [L, E], assignments, with the
       `specialisation` of experts, its floor, and the share of assignments that `recovered` the
-      domains. bpb_as_trained where training lets tokens compete in other groups.
+      domains. traced: the `Trace` of the first TRACED_TOKENS tokens. bpb_as_trained where training
+      lets tokens compete in other groups.
     """
     rows = config.train.eval_rows
     batches = [
@@ -60,6 +64,8 @@ def evaluate(
         record["max_vio_floor"] = max_vio_floor(record["tokens"], experts, choices)
     if sums.rows is not None:
         record |= _by_domain(sums.rows, dataset.domains)
+    if sums.traced is not None:
+        record["traced"] = trace_of_rows(trace_meta(config, dataset), *sums.traced)
     if program.eval_as_trained is not None:
         pooled = total(program.eval_as_trained, state, batches, dataset.bytes_V)
         record["bpb_as_trained"] = bits_per_byte(pooled.nll_domain.sum(), pooled.bytes_domain.sum())
@@ -83,16 +89,36 @@ def total(
     bytes_V: np.ndarray,
 ) -> EvalSums:
     """The sums over all batches, on the host, in double precision and 64-bit integers; what is of
-    rows, row after row."""
+    rows, row after row, and traced the first ones."""
     table, rows = np.asarray(bytes_V, np.float32), []
+    traced: list[tuple[Batch, Decisions]] = []
     added: Any = None
     for batch in batches:
-        sums = jax.device_get(step(state.params, state.router_state, batch, table))
+        found = step(state.params, state.router_state, batch, table)
+        if found.traced is not None and _tokens(traced) < TRACED_TOKENS:
+            traced.append(jax.device_get(found.traced))
+        sums = jax.device_get(found._replace(traced=None))
         rows.append(sums.rows)
         sums = sums._replace(rows=None)
         wide = jax.tree.map(lambda a: np.asarray(a, np.result_type(a.dtype, np.int64)), sums)
         added = wide if added is None else jax.tree.map(np.add, added, wide)
-    return added._replace(rows=jax.tree.map(lambda *a: np.concatenate(a), *rows))
+    return added._replace(
+        rows=jax.tree.map(lambda *a: np.concatenate(a), *rows), traced=_joined(traced)
+    )
+
+
+def _tokens(traced: list[tuple[Batch, Decisions]]) -> int:
+    return sum(batch.tokens_BS.size for batch, _ in traced)
+
+
+def _joined(traced: list[tuple[Batch, Decisions]]) -> tuple[Batch, Decisions] | None:
+    if not traced:
+        return None
+    batches, decisions = zip(*traced, strict=True)
+    return (
+        jax.tree.map(lambda *a: np.concatenate(a), *batches),
+        jax.tree.map(lambda *a: np.concatenate(a, 1), *decisions),
+    )
 
 
 def bits_per_byte(nats: Any, size: Any) -> float:

@@ -19,6 +19,7 @@ from moejax.config import Config
 from moejax.data import TextDataset, open_dataset
 from moejax.data.storage import digest
 from moejax.sharding import check_batch, make_mesh
+from moejax.training import settling
 from moejax.training.checkpoint import (
     Checkpoints,
     check_claim,
@@ -190,8 +191,13 @@ class _Run:
     def evaluate(self, step: int) -> None:
         self.log(self.meter.flush())
         record = evaluate(self.config, self.program, self.state, self.dataset)
+        traced = record.pop("traced", None)
         self.bpb = record["bpb"]
         self.records.write({"kind": "eval", "step": step, "seconds": self.meter.seconds, **record})
+        if traced is not None:
+            first(settling.keep, self.workdir, step, traced)
+            if step == self.config.train.steps:
+                self.records.show_saturation(first(settling.saturation, self.workdir))
 
     def save(self) -> None:
         self.log(self.meter.flush())  # a loss that is not finite stops here, before it is saved
@@ -218,6 +224,8 @@ class _Run:
             "wall_seconds": wall_seconds,
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
+        if settled := settling.saturation(self.workdir):
+            summary["saturation"] = settled
         _write_json(self.workdir / "summary.json", summary)
         return summary
 

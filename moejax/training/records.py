@@ -27,17 +27,39 @@ class Records:
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record with `kind` and `step`; numbers and nested numbers go to TensorBoard
-        too."""
+        """Append a record with `kind` and `step`; numbers, nested ones and those of layers go to
+        TensorBoard too, and an evaluation's load as a heat map."""
         record = _plain(record)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for name, value in _scalars(record):
             self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        if record["kind"] == "eval" and record.get("load_LE"):
+            image = load_image(np.asarray(record["load_LE"]))
+            self._board.add_image("eval/load", image, record["step"], dataformats="HWC")
+
+    def show_saturation(self, found: dict[str, Any]) -> None:
+        """To TensorBoard, what `settling.saturation` found; {} = nothing."""
+        for step, value_L in zip(*(found.get(k, []) for k in SATURATION), strict=True):
+            for name, value in _scalars({"saturation_L": value_L}):
+                self._board.add_scalar(f"eval/{name}", value, step)
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+SATURATION = ("step", "saturation_SL")
+
+
+def load_image(load_LE: np.ndarray) -> np.ndarray:
+    """uint8 [pixels, pixels, 3]: a layer a row, an expert a column; white = its fair share, red =
+    four times as much or more, blue = a quarter or less."""
+    share_LE = np.clip(load_LE * load_LE.shape[1], 0.25, 4)
+    heat_LE = np.log2(share_LE) / 2  # -1 .. 1
+    red, blue = (1 - np.clip(sign * heat_LE, 0, 1) for sign in (-1, 1))
+    rgb = np.stack([red, np.minimum(red, blue), blue], -1)
+    return np.kron((255 * rgb).astype(np.uint8), np.ones((12, 12, 1), np.uint8))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -98,6 +120,8 @@ def _scalars(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]
     for key, value in record.items():
         if isinstance(value, dict):
             found += _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, list) and key.endswith("_L"):
+            found += [(f"{prefix}{key}/{layer}", item) for layer, item in enumerate(value)]
         elif isinstance(value, int | float) and key not in ("step", "kind"):
             found.append((prefix + key, value))
     return found

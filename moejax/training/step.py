@@ -9,12 +9,14 @@ from flax import nnx
 
 from moejax.config import Config
 from moejax.data import UNSCORED, Batch
-from moejax.routing import MoeStats
+from moejax.routing import Decisions, MoeStats
 from moejax.routing.balance import balance_losses
 from moejax.routing.metrics import figures
 from moejax.tracing.schema import index_dtype
 from moejax.training.cross_entropy import cross_entropy
 from moejax.training.state import TrainState
+
+TRACED_TOKENS = 2048  # of an evaluation
 
 
 class Sums(NamedTuple):
@@ -149,7 +151,8 @@ class RowLoads(NamedTuple):
 
 class EvalSums(NamedTuple):
     """Sums over evaluation batches, by domain: nats, bytes of the targets; real tokens, targets;
-    and routing statistics. What is of `rows` is not summed; None where nothing is routed."""
+    and routing statistics. Not summed are `rows`, and `traced`: the first rows, TRACED_TOKENS at
+    most, and their decisions [L, B, S, ...]. Both are None where nothing is routed."""
 
     nll_domain: jax.Array
     bytes_domain: jax.Array
@@ -157,6 +160,7 @@ class EvalSums(NamedTuple):
     targets: jax.Array
     stats: MoeStats | None
     rows: RowLoads | None = None
+    traced: tuple[Batch, Decisions] | None = None
 
 
 def eval_step(
@@ -164,11 +168,17 @@ def eval_step(
 ) -> EvalSums:
     """One evaluation batch, without noise. Rows with domain -1 are padding."""
     nll_BS, stats = forward(params, router_state, batch, None, graph, record=True)
-    loads = None
+    loads, traced = None, None
     if stats is not None:
         if stats.decisions is not None:
             load_BLE = _row_loads(stats.decisions.expert_TR, stats.load_E.shape[-1])
             loads = RowLoads(batch.domain_B, load_BLE)
+            few = max(1, TRACED_TOKENS // batch.tokens_BS.shape[1])
+            decisions = stats.decisions._replace(scores_TE=None)
+            traced = (
+                jax.tree.map(lambda a: a[:few], batch),
+                jax.tree.map(lambda a: a[:, :few], decisions),
+            )
         stats = stats._replace(decisions=None)
     bytes_BS = jnp.where(scored(batch), bytes_V[batch.targets_BS], 0.0)
 
@@ -183,6 +193,7 @@ def eval_step(
         scored(batch).sum(dtype=jnp.int32),
         stats,
         loads,
+        traced,
     )
 
 

@@ -115,6 +115,9 @@ def write_run(path: Path, arm: Mapping[str, Any], i: int, seed: int) -> None:
         **{"eval": evals[-1], "train": mean, "compile_seconds": 4.2, "wall_seconds": 14.0},
         "peak_memory_bytes": 123_000_000,
     }
+    if config["moe"]["experts"]:
+        shares = {"step": [10, 20], "saturation_SL": [[0.5, 0.25], [0.75, 1.0]], "floor": 0.125}
+        summary["saturation"] = {**shares, "tokens": 2048}
     dense = not config["moe"]["experts"]
     info = {
         "params": {"total": 300_000 if dense else 900_000, "active": 300_000},
@@ -147,6 +150,9 @@ def _train_record(arm: Mapping[str, Any], i: int, step: int, random: Any) -> dic
         record |= {"max_vio": vio, "drop": arm["drop"] * (1 + 5 * decay)}
         record |= {"left_behind": record["drop"] / 2, "dead": 0.0, "load_LE": _load(vio, random)}
         record |= {"drop_k": arm.get("drop_k", [record["drop"]])}
+        by_layer = {"max_vio_L": vio, "drop_L": record["drop"]}
+        by_layer |= {"load_entropy_L": 0.9, "router_entropy_L": 0.5}
+        record |= {name: [value] * LAYERS for name, value in by_layer.items()}
     return record
 
 

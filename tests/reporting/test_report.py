@@ -23,7 +23,10 @@ from moejax.reporting.cells import Column, Table, markdown, terminal
 from moejax.reporting.figures import BASELINE_COLOUR, colours, smooth
 from moejax.routing.floors import drop_floor, max_vio_floor
 
-FIGURES = {"endpoints", "loss", "seconds", "domains", "max_vio", "drops", "load", "load_history"}
+FIGURES = {
+    *("endpoints", "loss", "seconds", "domains", "max_vio", "drops", "load", "load_history"),
+    *("layers", "saturation"),
+}
 
 
 @pytest.fixture

@@ -55,9 +55,13 @@ def test_figures_by_hand() -> None:
     assert shown["drop"] == pytest.approx(1 / 12)
     np.testing.assert_allclose(shown["drop_k"], [1 / 6, 0.0], rtol=1e-6)  # of 2 layers x 3 tokens
     np.testing.assert_allclose(shown["load_LE"], [[1 / 2, 1 / 3, 1 / 6], [0, 1, 0]], rtol=1e-6)
+    np.testing.assert_allclose(shown["max_vio_L"], [0.5, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(shown["drop_L"], [1 / 6, 0.0], rtol=1e-6)
     entropy = np.log(2) / 2 + np.log(3) / 3 + np.log(6) / 6
     assert shown["load_entropy"] == pytest.approx(entropy / np.log(3) / 2, rel=1e-5)
     assert shown["router_entropy"] == pytest.approx(2.5 / 3 * np.log(2) / np.log(3), rel=1e-5)
+    np.testing.assert_allclose(shown["load_entropy_L"], [entropy / np.log(3), 0.0], rtol=1e-5)
+    np.testing.assert_allclose(shown["router_entropy_L"], [shown["router_entropy"]] * 2, rtol=1e-6)
     assert shown["left_behind"] == 0.0
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from moejax.training.records import Progress, Records, read_records
+from moejax.training.records import Progress, Records, load_image, read_records
 
 RECORD = {
     "kind": "train",
@@ -146,3 +146,25 @@ def test_quiet_is_quiet(stderr):
     progress.show({**SHOWN, "step": 200}, 0.0)
     progress.say("resumed")
     assert terminal.getvalue() == ""
+
+
+def test_numbers_of_layers_go_to_tensorboard_one_by_one(tmp_path):
+    records = Records(tmp_path, 0)
+    records.write({"kind": "train", "step": 1, "drop_L": np.array([0.5, 0.25]), "drop_k": [1.0]})
+    records.show_saturation({"step": [3, 6], "saturation_SL": [[0.5], [0.75]], "floor": 0.25})
+    records.show_saturation({})
+    records.close()
+    assert events(tmp_path / "tensorboard") == {
+        "train/drop_L/0": [(1, 0.5)],
+        "train/drop_L/1": [(1, 0.25)],
+        "eval/saturation_L/0": [(3, 0.5), (6, 0.75)],
+    }
+
+
+def test_the_picture_of_a_load():
+    # Two layers of four experts: fair; four times, nothing, half and twice the fair share.
+    image = load_image(np.array([[0.25] * 4, [1.0, 0.0, 0.125, 0.5]]))
+    assert image.shape == (24, 48, 3) and image.dtype == np.uint8
+    pixels = image[6::12, 6::12].tolist()
+    assert pixels[0] == [[255, 255, 255]] * 4
+    assert pixels[1] == [[255, 0, 0], [0, 0, 255], [127, 127, 255], [255, 127, 127]]
