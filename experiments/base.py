@@ -1,27 +1,43 @@
 """The common model at each scale. Experiments start from here and change what they are about.
 
-smoke: minutes on two CPU cores. small: one accelerator, or hours on a CPU. The papers' sizes are in
-pods/ where they exist.
+smoke: half a minute an arm and seed on two CPU cores, most of it compilation. small: 18 TFLOP and
+about five minutes, reckoned from 0.6 to 0.8 CPU seconds a step; so `gshard` (18 runs) takes an hour
+and a half, `expert_choice` (33) and `loss_free` (36) two and a half, `switch` (48) four. medium:
+3.5 PFLOP, for one accelerator; a minute at a tenth of an H100's peak, not measured. The papers'
+sizes are in pods/ where they exist.
+
+A comparison at small takes more than a sitting. What is finished is kept, and it goes on from a
+committed report alone:
+
+    moejax compare experiments/switch.py:small                 # until it is cut
+    moejax report runs/switch/small --to=experiments/results/switch/small
+    moejax compare experiments/switch.py:small --have=experiments/results/switch/small
 """
 
 from ml_collections import ConfigDict
 
 from moejax.config import default_config
 
-SCALES = ("smoke", "small")
+SCALES = ("smoke", "small", "medium")
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:
-    """The base: 8 SwiGLU experts of the dense network's width in every layer, top-2, dropless."""
+    """The base: 8 (medium: 16) SwiGLU experts of the dense network's width in every layer, top-2,
+    dropless. Active parameters of a dense model: 0.12, 1.1 and 6.4 million."""
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}; known: {', '.join(SCALES)}")
     config = default_config()
-    config.optimizer.warmup = 20
     if scale == "smoke":
         config.model.update(layers=2, dim=64, heads=2, ffn=128)
         config.data.update(sequence=64, batch=32)
-        config.optimizer.learning_rate = 6e-3
+        config.optimizer.update(learning_rate=6e-3, warmup=20)
         config.train.update(steps=250, log_every=10, eval_every=50, checkpoint_every=125)
+    elif scale == "small":
+        config.model.update(layers=4, dim=128, heads=4, ffn=512)
+        config.data.update(name="text", sequence=128, batch=32)
+        config.optimizer.update(learning_rate=3e-3, warmup=50)
+        config.train.update(steps=600, log_every=10, eval_every=100, checkpoint_every=200)
+        config.train.eval_rows = 512
     else:
         config.model.update(layers=6, dim=256, heads=8, ffn=1024, dtype="bfloat16")
         config.data.update(name="text", sequence=256, batch=64)
@@ -29,6 +45,11 @@ def get_config(scale: str = "smoke") -> ConfigDict:
         config.optimizer.update(learning_rate=1e-3, warmup=250)
         config.train.update(steps=5000, log_every=50, eval_every=500, checkpoint_every=500)
     return config
+
+
+def bias_rate(scale: str) -> float:
+    """Of routers that balance by a bias: so that it can move by about 1 in all steps."""
+    return {"smoke": 1e-2, "small": 2e-3, "medium": 1e-3}[scale]
 
 
 def many_arms(scale: str = "smoke") -> ConfigDict:
@@ -43,15 +64,14 @@ def many_arms(scale: str = "smoke") -> ConfigDict:
 
 def limits(scale: str, more: str = "") -> str:
     """What a scale can and cannot show, for a suite of `many_arms`."""
-    if scale == "smoke":
-        size = (
-            "0.12 million tokens an arm show that everything runs, and gross effects (drops, "
-            "leaks, collapse); differences of loss between learned routers, 0.005 to 0.06 nats in "
-            "the papers, need about a hundred times as many"
-        )
-    else:
-        size = (
-            "82 million tokens an arm order dense and sparse models; between learned routers "
-            "of equal size a seed's spread is still as large as most published differences"
-        )
+    size = {
+        "smoke": "0.12 million tokens an arm show that everything runs, and gross effects (drops, "
+        "leaks, collapse); differences of loss between learned routers, 0.005 to 0.06 nats in "
+        "the papers, need about a hundred times as many",
+        "small": "2.5 million tokens an arm are meant to part sparse models from dense ones; "
+        "between learned routers of equal size a seed's spread is as large as most published "
+        "differences",
+        "medium": "82 million tokens an arm order dense and sparse models; between learned routers "
+        "of equal size a seed's spread is still as large as most published differences",
+    }[scale]
     return f"{size}{'; ' if more else ''}{more}"

@@ -31,7 +31,7 @@ def arm(router: str, **changes: Any) -> dict[str, Any]:
 
 def get_suite(scale: str = "smoke") -> Suite:
     config, model = get_config(scale), base.get_config(scale).model
-    rate = 1e-2 if scale == "smoke" else 1e-3
+    rate = base.bias_rate(scale)
     top1 = {"moe__experts": base.get_config(scale).moe.experts, "moe__ffn": model.ffn}
     balance = {"balance__load_balance": 0.01}
     cv = {"balance__importance": 0.01, "balance__load": 0.01}

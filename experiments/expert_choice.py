@@ -81,9 +81,8 @@ def get_suite(scale: str = "smoke") -> Suite:
         "experts together",
         limits=base.limits(
             scale,
-            "not measured: the paper's own tasks, which are bidirectional. A decoder is where "
-            "expert choice is not legitimate unless it is causal; masked tokens would need another "
-            "attention mask and another loss",
+            "a decoder is where expert choice is not legitimate unless it is causal; where it is, "
+            "with masked tokens, it is judged in masked.py",
         ),
         claims=claims(),
     )

@@ -34,13 +34,13 @@ def get_config(scale: str = "smoke") -> ConfigDict:
     config.moe.update(experts=2 * config.moe.experts, ffn=config.model.ffn // 2)
     config.moe.update(dispatch="gather", capacity_factor=1.0, eval_capacity_factor=2.0)
     config.balance.load_balance_top1 = 0.01
-    if scale == "smoke":
-        config.train.update(eval_every=10, log_every=5)  # for steps to a loss
+    if scale != "medium":
+        config.train.update(eval_every=config.train.steps // 12, log_every=5)  # for steps to a loss
     return config
 
 
 def get_suite(scale: str = "smoke") -> Suite:
-    counts = (2, 4, 8, 16) if scale == "smoke" else (4, 8, 16, 32, 64)
+    counts = (4, 8, 16, 32, 64) if scale == "medium" else (2, 4, 8, 16)
     sizes = {f"e{e}": {"moe.experts": e} for e in counts}
     most = f"e{counts[-1]}"
     return Suite(

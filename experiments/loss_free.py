@@ -33,7 +33,7 @@ ALPHAS = ("0.0001", "0.001", "0.01")
 
 def get_config(scale: str = "smoke") -> ConfigDict:
     config = base.many_arms(scale)
-    rate = 1e-2 if scale == "smoke" else 1e-3
+    rate = base.bias_rate(scale)
     config.router = router_config("loss_free", k=2, bias_rate=rate)
     config.moe.update(experts=2 * config.moe.experts, ffn=config.model.ffn // 2)
     if scale == "smoke":

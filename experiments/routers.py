@@ -19,7 +19,7 @@ def get_config(scale: str = "smoke") -> ConfigDict:
 def get_suite(scale: str = "smoke") -> Suite:
     config = base.get_config(scale)
     fine = {"moe.experts": 2 * config.moe.experts, "moe.ffn": config.model.ffn // 2}
-    rate = 1e-2 if scale == "smoke" else 1e-3
+    rate = base.bias_rate(scale)
     return Suite(
         name="routers",
         scale=scale,

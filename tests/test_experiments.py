@@ -54,9 +54,9 @@ def test_there_are_experiments():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_small_config_is_checked_and_traced(path):
+def test_every_medium_config_is_checked_and_traced(path):
     """A whole training step and an evaluation, as shapes: nothing compiles or is allocated."""
-    found = configs(path, "small")
+    found = configs(path, "medium")
     if path in SUITES:  # traced below: there are many
         found = {"": found[""]}
     for name, config in found.items():
@@ -131,7 +131,7 @@ def stepped(config):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_an_unknown_scale_is_refused_by_name(path):
-    with pytest.raises(ValueError, match=r"unknown scale 'huge'; known: smoke, small"):
+    with pytest.raises(ValueError, match=r"unknown scale 'huge'; known: smoke, small, medium"):
         load_experiment(str(path)).get_config("huge")
 
 

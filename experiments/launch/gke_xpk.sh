@@ -2,7 +2,7 @@
 # Train one config on TPU slices of a GKE cluster, through xpk (pip install xpk):
 #
 #   CLUSTER=my-cluster IMAGE=gcr.io/my-project/moejax TPU_TYPE=v5p-128 STORAGE=runs \
-#     experiments/launch/gke_xpk.sh experiments/switch.py:small --config.mesh.expert=8
+#     experiments/launch/gke_xpk.sh experiments/switch.py:medium --config.mesh.expert=8
 #
 # IMAGE holds this repository in /moejax, installed with `pip install ".[tpu]"`. STORAGE is an xpk
 # storage (a bucket) mounted at /runs, since every process must see the working directory.

@@ -2,7 +2,7 @@
 # Train one config on all workers of a TPU slice (TPU VMs), from a workstation:
 #
 #   TPU=my-slice ZONE=us-east5-a \
-#     experiments/launch/tpu_vm.sh experiments/switch.py:small --config.mesh.expert=8
+#     experiments/launch/tpu_vm.sh experiments/switch.py:medium --config.mesh.expert=8
 #
 # The slice exists, this repository is in ~/moejax on each worker with `pip install -e ".[tpu]"`, and
 # a bucket is mounted there at ~/runs (gcsfuse), since every worker must see the working directory.
