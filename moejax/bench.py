@@ -6,19 +6,16 @@ K, D, F, T and the load's skew.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from absl import flags
 
 from moejax import cli
 from moejax.benching import layer, peers, show
+from moejax.benching.budgets import layer_budgets, step_budgets
 from moejax.benching.layer import Measured
-from moejax.benching.shapes import CASES, EIGHT, LARGE, SIXTEEN, sweep
-from moejax.benching.show import Bench, Row
-
-if TYPE_CHECKING:
-    from moejax.benching.step import Step
+from moejax.benching.shapes import CASES, SIXTEEN, sweep
+from moejax.benching.show import Bench
 
 REPEATS = flags.DEFINE_integer("repeats", 5, "turns; more for a busy machine", 1)
 FULL = flags.DEFINE_bool("full", False, "also sweep sizes and skews, and the forward pass alone")
@@ -57,38 +54,6 @@ def main(arguments: list[str]) -> int:
     if OUT.value:
         show.write(bench, Path(OUT.value))
     return 0
-
-
-def layer_budgets(lines: list[Measured]) -> list[Row]:
-    """What was measured beside what must be reached."""
-    share = {(line.case, line.way): line.share for line in lines if line.both}
-
-    def over(case: str, way: str, other: str) -> float | None:
-        found = share.get((case, way)), share.get((case, other))
-        return None if found[0] is None or found[1] is None else found[0] / found[1]
-
-    large, eight, sixteen = LARGE.name, EIGHT.name, SIXTEEN.name
-    overhead = over(large, "layer", "experts")
-    wanted = [
-        ("dropless / dense, uniform load", over(large, "dropless", "dense"), 0.9),
-        ("dropless / dense, Zipf load", over("large, skewed", "dropless", "dense"), 0.7),
-        ("dropless / dense, fine-grained", over("fine-grained", "dropless", "dense"), 0.9),
-        ("dropless / lax.ragged_dot, E=8", over(eight, "dropless", "ragged_dot"), 5),
-        ("gather / one-hot einsum, E=16", over(sixteen, "gather", "einsum"), 3),
-    ]
-    rows = [Row(what, r, f">= {least}", r >= least) for what, r, least in wanted if r is not None]
-    if overhead is not None:
-        lost = 1 - overhead
-        rows.append(Row("router + dispatch + combine, share", lost, "<= 0.15", lost <= 0.15))
-    return rows
-
-
-def step_budgets(whole: "Step | None") -> list[Row]:
-    """The whole step beside the peer's, where both were measured."""
-    if whole is None or whole.peer is None:
-        return []
-    ratio = whole.peer.ours
-    return [Row("training step / HF Mixtral's", ratio, ">= 1.5", ratio >= 1.5)]
 
 
 if __name__ == "__main__":

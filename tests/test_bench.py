@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from moejax import bench
 from moejax.benching import layer, peers, show
+from moejax.benching.budgets import layer_budgets, step_budgets
 from moejax.benching.layer import Measured
 from moejax.benching.shapes import CASES, Case, plan_of, sweep
 from moejax.benching.step import Peer, Step
@@ -60,7 +60,7 @@ def line(case: str, way: str, share: float) -> Measured:
 
 
 def test_ratios_are_held_against_their_budgets() -> None:
-    found = bench.layer_budgets(
+    found = layer_budgets(
         [
             *(line("large", way, share) for way, share in (("dense", 1.0), ("dropless", 0.8))),
             *(line("large", way, share) for way, share in (("experts", 1.0), ("layer", 0.9))),
@@ -77,7 +77,7 @@ def test_ratios_are_held_against_their_budgets() -> None:
 def test_a_saved_run_stands_beside_a_new_one(lines, tmp_path) -> None:
     peer = Peer("HF Mixtral", 0.4, 0.4, 0.4, 1e3, ours=2.0)
     whole = Step(0.2, 0.2, 0.2, 2e3, 0.5, 0.01, 3.0, 4.0, 2**20, peer)
-    budgets = bench.step_budgets(whole)
+    budgets = step_budgets(whole)
     run = show.Bench(show.machine("float32"), lines, budgets, whole, {4: 1.0, 16: 1.1})
     show.write(run, tmp_path)
     before = show.shares_of(tmp_path / "cpu.json")
