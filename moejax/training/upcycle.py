@@ -13,7 +13,6 @@ these are the first s shards, and the routed ones the other m - s.
 """
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,10 @@ import optax
 from jax.sharding import Mesh
 
 from moejax.config import Config
-from moejax.config.older import modern
 from moejax.model.transformer import layer_stacks
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.optimizer import make_optimizer
+from moejax.training.saved import read_config
 from moejax.training.state import TrainState, init_state, shardings
 
 _SAME = ("layers", "dim", "heads", "key_value_heads", "width", "ffn", "activation", "rope_theta")
@@ -181,10 +180,10 @@ def load_dense(workdir: Path, vocab_size: int, mesh: Mesh) -> tuple[TrainState, 
 
 def dense_config(workdir: Path) -> Config:
     """The config of the run in a folder. Raises ValueError where there is none."""
-    path = Path(workdir) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"train.upcycle={workdir} holds no run: there is no config.json")
-    return Config.from_dict(modern(json.loads(path.read_text())))
+    try:
+        return read_config(workdir)
+    except FileNotFoundError as error:
+        raise ValueError(f"train.upcycle={error}") from error
 
 
 def _places(config: Config) -> list[tuple[int, int, int, str]]:
