@@ -58,7 +58,7 @@ setup(
         "gpu": ["jax[cuda13]>=0.10.2"],
         "tpu": TPU,
     },
-    entry_points={"console_scripts": ["moejax = moejax.cli:main"]},
+    entry_points={"console_scripts": ["moejax = moejax.cli:start"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

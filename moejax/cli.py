@@ -12,6 +12,7 @@ from types import ModuleType
 from absl import flags
 from ml_collections import config_flags
 
+from moejax import pages
 from moejax.names import did_you_mean
 
 VERBS = {
@@ -29,8 +30,14 @@ VERBS = {
 }
 
 
-def main() -> None:
+def start() -> None:
     """Entry point of the console script."""
+    pages.start_again()
+    main()
+
+
+def main() -> None:
+    """The verb of the command line, in this process."""
     if len(sys.argv) < 2 or sys.argv[1] not in VERBS:
         lines = [f"  moejax {verb:<10} {what}" for verb, what in VERBS.items()]
         asked = sys.argv[1:2]

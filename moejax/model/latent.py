@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.config import ModelConfig
-from moejax.model.layers import Kept, RMSNorm, attend, initial, rope
+from moejax.model.layers import Kept, Mask, RMSNorm, attend, initial, rope
 
 
 class LatentAttention(nnx.Module):
@@ -51,7 +51,7 @@ class LatentAttention(nnx.Module):
         return (jnp.concatenate([c_BSU[:, :, None], k_BS1R], axis=-1),)
 
     def __call__(
-        self, x_BSD: jax.Array, seen: Kept, mask_BSM: jax.Array, position_BS: jax.Array
+        self, x_BSD: jax.Array, seen: Kept, mask: Mask, position_BS: jax.Array
     ) -> jax.Array:
         """What the tokens read in `seen`, what `keep` kept of the M tokens that they may see."""
         dtype, theta = x_BSD.dtype, self.config.rope_theta
@@ -63,11 +63,11 @@ class LatentAttention(nnx.Module):
         q_BSHR = rope(q_BSHR, position_BS, theta)
         # One token at a time: to make keys and values of all that it sees would cost M times more.
         read = self._read_latent if x_BSD.shape[1] == 1 else self._read_heads
-        y_BSHA = read(q_BSHA, q_BSHR, seen[0], mask_BSM)
+        y_BSHA = read(q_BSHA, q_BSHR, seen[0], mask)
         return jnp.einsum("bsha,had->bsd", y_BSHA, self.w_out_HAD[...].astype(dtype))
 
     def _read_heads(
-        self, q_BSHA: jax.Array, q_BSHR: jax.Array, seen_BM1X: jax.Array, mask_BSM: jax.Array
+        self, q_BSHA: jax.Array, q_BSHR: jax.Array, seen_BM1X: jax.Array, mask: Mask
     ) -> jax.Array:
         """Attention to every head's own keys and values."""
         dtype, heads = q_BSHA.dtype, self.config.heads
@@ -77,10 +77,10 @@ class LatentAttention(nnx.Module):
         k_BMHR = jnp.broadcast_to(k_BMR[:, :, None], (*k_BMR.shape[:2], heads, k_BMR.shape[-1]))
         q_BSHC = jnp.concatenate([q_BSHA, q_BSHR], axis=-1)
         k_BMHC = jnp.concatenate([k_BMHA, k_BMHR], axis=-1)
-        return attend(q_BSHC, k_BMHC, v_BMHA, mask_BSM, self.config.query_block)
+        return attend(q_BSHC, k_BMHC, v_BMHA, mask, self.config.query_block)
 
     def _read_latent(
-        self, q_BSHA: jax.Array, q_BSHR: jax.Array, seen_BM1X: jax.Array, mask_BSM: jax.Array
+        self, q_BSHA: jax.Array, q_BSHR: jax.Array, seen_BM1X: jax.Array, mask: Mask
     ) -> jax.Array:
         """Equivalent to `_read_heads`, whose products it takes in another order: q (W_k c) is
         (q W_k) c, and sum w (W_v c) is W_v sum w c. So all heads attend to the latents, as one key
@@ -90,6 +90,6 @@ class LatentAttention(nnx.Module):
         q_BSHX = jnp.concatenate([q_BSHU, q_BSHR], axis=-1)
         # `attend` divides by the root of X, not of A + R.
         q_BSHX = q_BSHX * (q_BSHX.shape[-1] / width) ** 0.5
-        y_BSHX = attend(q_BSHX, seen_BM1X, seen_BM1X, mask_BSM)
+        y_BSHX = attend(q_BSHX, seen_BM1X, seen_BM1X, mask)
         y_BSHU = y_BSHX[..., : self.config.kv_rank]
         return jnp.einsum("bshu,uha->bsha", y_BSHU, self.w_value_UHA[...].astype(dtype))

@@ -15,6 +15,7 @@ from moejax.model.layers import (
     Attention,
     FeedForward,
     Kept,
+    Mask,
     RMSNorm,
     attention_mask,
     initial,
@@ -33,7 +34,7 @@ class Context(NamedTuple):
     token_BS: jax.Array
     position_BS: jax.Array
     valid_BS: jax.Array
-    mask_BSM: jax.Array
+    mask: Mask
     start: jax.Array | int = 0
     record: bool = False
 
@@ -71,7 +72,7 @@ class Block(nnx.Module):
         normed_BSD, position_BS = self.attention_norm(x_BSD), context.position_BS
         kept = self.attention.keep(normed_BSD, position_BS)
         seen = kept if cache is None else placed(cache, kept, context.start, axis=1)
-        x_BSD = x_BSD + self.attention(normed_BSD, seen, context.mask_BSM, position_BS)
+        x_BSD = x_BSD + self.attention(normed_BSD, seen, context.mask, position_BS)
         normed_BSD = self.feed_forward_norm(x_BSD)
         returned = None if cache is None else kept
         if isinstance(self.feed_forward, FeedForward):
@@ -219,8 +220,8 @@ class Transformer(nnx.Module):
         others, the logits are those of a call with all tokens together."""
         start = cache.used
         segment_BM = placed(cache.segment_BM, segment_BS, start, axis=1)
-        mask_BSM = attention_mask(segment_BS, segment_BM, start)
-        context = Context(token_BS, position_BS, valid_BS, mask_BSM, start)
+        mask = attention_mask(segment_BS, segment_BM, start)
+        context = Context(token_BS, position_BS, valid_BS, mask, start)
         x_BSD, _, kept = self._layers(context, (None, router_state, None), cache.kept)
         kept = placed(cache.kept, kept, start, axis=2)
         return self._head(x_BSD, head), Cache(kept, segment_BM, start + token_BS.shape[1])
@@ -297,5 +298,5 @@ class Transformer(nnx.Module):
             position_BS = jnp.broadcast_to(jnp.arange(token_BS.shape[1])[None], token_BS.shape)
         if valid_BS is None:
             valid_BS = jnp.ones(token_BS.shape, bool)
-        mask_BSS = attention_mask(segment_BS, causal=self.config.causal)
-        return Context(token_BS, position_BS, valid_BS, mask_BSS)
+        mask = attention_mask(segment_BS, causal=self.config.causal)
+        return Context(token_BS, position_BS, valid_BS, mask)

@@ -20,7 +20,7 @@ from tests.model.tiny import LENGTH, ROWS, VOCAB, build, close, tiny_config, tok
 LATENT = {"attention": "latent", "head_dim": 4, "q_rank": 6, "kv_rank": 5, "rope_dim": 2}
 POSITION_BS = jnp.broadcast_to(jnp.arange(LENGTH)[None], (ROWS, LENGTH))
 SEGMENT_BS = jnp.asarray([[0] * 8, [0, 0, 0, 1, 1, 1, 1, 1]])
-MASK_BSS = attention_mask(SEGMENT_BS)
+MASK = attention_mask(SEGMENT_BS)
 
 
 def model(**changes: Any) -> ModelConfig:
@@ -42,7 +42,7 @@ def inputs(seed: int = 0) -> jax.Array:
 def attention(graph: Any, params: Any, x_BSD: jax.Array, position_BS: Any = POSITION_BS) -> Any:
     """The layer over tokens that see each other and nothing before them."""
     layer = nnx.merge(graph, params)
-    return layer(x_BSD, layer.keep(x_BSD, position_BS), MASK_BSS, position_BS)
+    return layer(x_BSD, layer.keep(x_BSD, position_BS), MASK, position_BS)
 
 
 def rms(x, scale):
@@ -56,7 +56,7 @@ def turn(x_BSR, theta):
 def one_head(q_BSX, k_BSX, v_BSX):
     """Softmax of masked scores, token by token in numpy's way."""
     scores_BSS = q_BSX @ jnp.swapaxes(k_BSX, 1, 2) / q_BSX.shape[-1] ** 0.5
-    exp_BSS = jnp.where(MASK_BSS, jnp.exp(scores_BSS), 0.0)
+    exp_BSS = jnp.where(MASK.seen_BSM, jnp.exp(scores_BSS), 0.0)
     return exp_BSS / exp_BSS.sum(-1, keepdims=True) @ v_BSX
 
 
@@ -155,22 +155,33 @@ def test_queries_and_keys_are_normed_over_all_heads() -> None:
 
 
 @pytest.mark.parametrize(("kv_heads", "value_width"), [(2, 4), (1, 4), (2, 6)])
-def test_blocks_of_queries_change_memory_only(kv_heads: int, value_width: int) -> None:
+def test_parts_and_blocks_of_queries_change_work_and_memory_only(
+    kv_heads: int, value_width: int
+) -> None:
     random = np.random.default_rng(0)
     shapes = (2, 4), (kv_heads, 4), (kv_heads, value_width)
     arrays = [jnp.asarray(random.normal(size=(ROWS, LENGTH, *s)), jnp.float32) for s in shapes]
 
-    def gradients(block):
+    def gradients(mask, block=0):
         def loss(*arrays):
-            y_BSHA = attend(*arrays, MASK_BSS, block)
+            y_BSHA = attend(*arrays, mask, block)
             return jnp.sin(y_BSHA).sum(), y_BSHA
 
         return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
 
-    close(gradients(2)(*arrays), gradients(0)(*arrays))
-    scores = rf"f32\[{ROWS},\d(,\d)?,{LENGTH},{LENGTH}\]"
-    assert re.search(scores, str(jax.make_jaxpr(gradients(0))(*arrays)))
-    assert not re.search(scores, str(jax.make_jaxpr(gradients(2))(*arrays)))
+    def scores(mask, block=0):
+        """[queries, tokens] of the scores that are there at once."""
+        text = str(jax.make_jaxpr(gradients(mask, block))(*arrays))
+        shapes = rf"f32\[{ROWS},{kv_heads},{2 // kv_heads},(\d+),(\d+)\] = dot_general"
+        return {(int(s), int(m)) for s, m in re.findall(shapes, text)}
+
+    whole = MASK._replace(in_order=False)
+    right = gradients(whole)(*arrays)
+    assert MASK.in_order and (LENGTH, LENGTH) in scores(whole)
+    for mask, block in ((MASK, 0), (MASK, 1), (whole, 2)):
+        close(gradients(mask, block)(*arrays), right)
+    assert max(scores(MASK)) == (2, 8) and {(2, 2), (2, 4), (2, 6)} < scores(MASK)
+    assert max(scores(whole, 2)) == (2, 8) and max(scores(MASK, 1)) == (1, 8)
 
 
 def test_size_of_latent_attention() -> None:

@@ -183,7 +183,7 @@ def test_rms_norm_by_hand() -> None:
 
 
 def test_attention_mask_by_hand() -> None:
-    mask_SS = attention_mask(jnp.asarray([[0, 0, 1]]))[0]
+    mask_SS = attention_mask(jnp.asarray([[0, 0, 1]])).seen_BSM[0]
     assert mask_SS.tolist() == [[True, False, False], [True, True, False], [False, False, True]]
 
 
