@@ -1,15 +1,19 @@
 """Prepare a corpus ahead of a run and show what is in it: moejax data --name=text
 
-With --download, one of TFDS's own corpora is fetched first, which needs the network.
+With --download, one of TFDS's own corpora is fetched first, which needs the network. With
+--export=DIR, installed text is packed into a folder that is the same corpus on another machine:
+MOEJAX_DATA_DIR=DIR moejax train ...
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from absl import app, flags
 
 from moejax.data import DataConfig, TextDataset, open_dataset, storage
+from moejax.data.export import export
 
 NAME = flags.DEFINE_string("name", DataConfig.name, "corpus: stdlib, text, lm1b, c4, wikipedia/...")
 TOKENIZER = flags.DEFINE_string("tokenizer", DataConfig.tokenizer, "bytes, or bpe:N")
@@ -17,6 +21,7 @@ DATA_DIR = flags.DEFINE_string("data_dir", "", "where prepared data goes; see Da
 VALIDATION = flags.DEFINE_float("validation", DataConfig.validation, "share held out")
 MAX_DOCUMENTS = flags.DEFINE_integer("max_documents", 0, "cap for each domain; 0 for none")
 DOWNLOAD = flags.DEFINE_bool("download", False, "let TFDS download the corpus first")
+EXPORT = flags.DEFINE_string("export", "", "a folder for another machine, to be its data_dir")
 
 
 def main(argv: list[str]) -> None:
@@ -34,6 +39,8 @@ def main(argv: list[str]) -> None:
             from moejax.data import builders
 
             builders.download(config.name, storage.data_directory(config.data_dir), progress=True)
+        if EXPORT.value:
+            export(config, Path(EXPORT.value))
         show(open_dataset(config))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -56,8 +56,7 @@ def open_tokenizer(kind: str, corpora: list[Prepared], data_dir: Path, progress:
     size = bpe_size(kind)
     if not size:
         return ByteTokenizer()
-    key = storage.digest([size, *(corpus.key for corpus in corpora)])
-    target = data_dir / "tokenizers" / f"bpe-{size}-{key}"
+    target = tokenizer_directory(size, corpora, data_dir)
     if not (target / "tokenizer.json").exists():
         with storage.locked(target):
             if not (target / "tokenizer.json").exists():
@@ -70,10 +69,21 @@ def open_tokenizer(kind: str, corpora: list[Prepared], data_dir: Path, progress:
     return BpeTokenizer(target / "tokenizer.json", size)
 
 
+def tokenizer_directory(size: int, corpora: list[Prepared], data_dir: Path) -> Path:
+    """Where the byte-level BPE of `size` ids of some corpora is kept."""
+    key = storage.digest([size, *(corpus.key for corpus in corpora)])
+    return data_dir / "tokenizers" / f"bpe-{size}-{key}"
+
+
+def packed_directory(corpus: Prepared, tokenizer: Tokenizer, data_dir: Path) -> Path:
+    """Where the streams of a corpus are kept."""
+    key = storage.digest([PACKING_VERSION, corpus.key, tokenizer.identity])
+    return data_dir / "packed" / f"{corpus.name}-{key}"
+
+
 def packed(corpus: Prepared, tokenizer: Tokenizer, data_dir: Path, progress: bool) -> Streams:
     """Returns the streams of a corpus, packing them first if they are not there whole."""
-    key = storage.digest([PACKING_VERSION, corpus.key, tokenizer.identity])
-    target = data_dir / "packed" / f"{corpus.name}-{key}"
+    target = packed_directory(corpus, tokenizer, data_dir)
     streams = read_streams(target)
     if streams is None:
         with storage.locked(target):

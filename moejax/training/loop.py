@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -335,7 +336,8 @@ def _installed(package: str) -> bool:
 
 
 def source_commit() -> str:
-    """The source's git commit, '+' where the tree has changes; 'unknown' outside a checkout."""
+    """The source's git commit, '+' where the tree has changes. Outside a checkout, what
+    $MOEJAX_COMMIT says that the copy was taken from, else 'unknown'."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -347,4 +349,4 @@ def source_commit() -> str:
             "+" if git("status", "--porcelain") else ""
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("MOEJAX_COMMIT", "unknown")

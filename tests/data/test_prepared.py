@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
-from moejax.data import DataConfig, open_dataset, prepared
+from moejax.data import DataConfig, corpora, open_dataset, prepared
 from moejax.data.corpora import group_of
+from moejax.data.export import export
 
 REPOSITORY = Path(__file__).parents[2]
 OPEN = """
@@ -115,6 +116,35 @@ def test_a_prepared_copy_opens_without_the_builders(copy, small, monkeypatch):
     shutil.rmtree(Path(copy.data_dir) / "tfds")
     monkeypatch.setitem(sys.modules, "moejax.data.builders", None)  # an import would raise
     assert open_dataset(copy, progress=False).fingerprint == small.fingerprint
+
+
+def test_an_exported_corpus_is_the_same_where_the_text_is_another(
+    small, small_config, tmp_path, monkeypatch
+):
+    export(small_config, tmp_path / "export", progress=False)
+    other = dataclasses.replace(small_config, data_dir=str(tmp_path / "export"))
+    # Another machine: no such text, no TFDS.
+    monkeypatch.setattr(prepared, "STDLIB", dataclasses.replace(corpora.STDLIB, root=lambda: None))
+    monkeypatch.setitem(sys.modules, "moejax.data.builders", None)
+    assert open_dataset(other, progress=False).fingerprint == small.fingerprint
+    again = dataclasses.replace(other, data_dir=str(tmp_path / "again"))
+    export(other, tmp_path / "again", progress=False)
+    assert open_dataset(again, progress=False).fingerprint == small.fingerprint
+    uncut = dataclasses.replace(other, max_documents=0)
+    with pytest.raises(FileNotFoundError, match="'stdlib' in .*export was exported, packed for"):
+        open_dataset(uncut, progress=False)
+
+
+def test_an_export_brings_its_tokenizer(small_bpe, small_config, tmp_path):
+    config = dataclasses.replace(small_config, tokenizer="bpe:400")
+    export(config, tmp_path, progress=False)
+    other = dataclasses.replace(config, data_dir=str(tmp_path))
+    assert open_dataset(other, progress=False).fingerprint == small_bpe.fingerprint
+
+
+def test_a_corpus_of_tfds_is_not_exported(tmp_path):
+    with pytest.raises(ValueError, match="copy lm1b from the tfds folder"):
+        export(DataConfig(name="lm1b", data_dir=str(tmp_path)), tmp_path / "export")
 
 
 def test_importing_is_cheap_and_jax_free():
