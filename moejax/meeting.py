@@ -15,13 +15,16 @@ WAIT = flags.DEFINE_integer("wait", 300, "seconds to wait for all processes to s
 
 
 def meet() -> None:
-    """Set the platform's flags and join the other processes, before a device is used.
+    """Set the platform's flags, keep what will be compiled, and join the other processes, before a
+    device is used.
 
     Raises:
       ValueError: as `moejax.training.processes.join`.
     """
+    from moejax.training.compiled import keep_compiled
     from moejax.training.flags import set_xla_flags
     from moejax.training.processes import join
 
     set_xla_flags()
+    keep_compiled()
     join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, WAIT.value)
