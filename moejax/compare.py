@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
             described["learning_rates"] = rates
             configs = {name: at_rate(c, rates[name.split("/")[0]]) for name, c in configs.items()}
         waiting = claim_all(lacking(configs, have), out)
-        first((out / "suite.json").write_text, json.dumps(described, indent=2))
+        first(describe, out, described)
         train_all(waiting, out)
     except Stopped as stop:
         first(print, f"{stop}; so does the comparison", file=sys.stderr)
@@ -82,6 +82,11 @@ def main(arguments: list[str]) -> int:
         return 1
     first(report, suite, out, HAVE.value)
     return 0
+
+
+def describe(out: Path, suite: dict[str, Any]) -> None:
+    out.mkdir(parents=True, exist_ok=True)  # --have may hold every run
+    (out / "suite.json").write_text(json.dumps(suite, indent=2))
 
 
 def report(suite: Suite, out: Path, have: list[str]) -> None:

@@ -335,6 +335,11 @@ def test_variants_of_two_folders_join_in_one_report(moejax, experiment, out, tmp
     assert (tmp_path / "both/report.html").is_file()
     whole = moejax("report", out, f"--to={tmp_path}/whole")
     assert verdicts(answer[1]) == verdicts(whole[1]) != []
+    # The report alone is as good as the folders that it was made from.
+    alone = moejax("compare", experiment, f"--have={tmp_path}/both", f"--out={tmp_path}/none")
+    assert alone[0] == 0, alone
+    assert verdicts(alone[1]) == verdicts(whole[1])
+    assert not finished(tmp_path / "none")
 
 
 def verdicts(text):

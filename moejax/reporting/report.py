@@ -27,7 +27,8 @@ Judged = list[tuple[Claim, Verdict]]
 def write_report(results: Results, suite: Suite, out: str | Path) -> str:
     """Judge the suite's claims, write the report under `out` and return its text for the terminal.
 
-    Every file appears complete or not at all. Raises ValueError where no run is finished.
+    With suite.json, so that `load` reads the report as it reads the comparison's own folder. Every
+    file appears complete or not at all. Raises ValueError where no run is finished.
     """
     if not results.runs:
         names = ", ".join(results.incomplete) or "none"
@@ -38,6 +39,7 @@ def write_report(results: Results, suite: Suite, out: str | Path) -> str:
     figures = all_figures(results)
     for figure in figures:
         write_atomically(out / "figures" / f"{figure.name}.png", figure.png)
+    write_atomically(out / "suite.json", json.dumps(_merged_suite(results), indent=2).encode())
     summary = written(_summary(results, judged, tables))
     write_atomically(out / "summary.json", summary.encode() + b"\n")
     write_atomically(out / "report.md", _markdown(results, judged, tables, figures).encode())
@@ -50,6 +52,12 @@ def written(summary: dict[str, Any]) -> str:
     runs = ",\n  ".join(json.dumps(run, allow_nan=False) for run in summary["runs"])
     text = json.dumps({**summary, "runs": []}, indent=1, allow_nan=False)
     return text.replace('"runs": []', f'"runs": [\n  {runs}\n ]')
+
+
+def _merged_suite(results: Results) -> dict[str, Any]:
+    """suite.json of what may be several directories."""
+    merged = {"variants": results.variants, "seeds": results.seeds, "command": results.command}
+    return {**results.suite, **merged}
 
 
 def judge(results: Results, suite: Suite) -> Judged:

@@ -238,7 +238,7 @@ def test_the_same_results_give_the_same_bytes(
     for name in ("one", "two"):
         write_report(results, suite, tmp_path / name)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert names == ["report.html", "report.md", "summary.json"]
+    assert names == ["report.html", "report.md", "suite.json", "summary.json"]
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
