@@ -2,26 +2,30 @@
 
 All that is compared is timed in turns in one process, after a warm-up. Ratios are medians over
 turns: they survive a busy machine, single times do not. --full changes one size after the other: E,
-K, D, F, T and the load's skew.
+K, D, F, T and the load's skew. On a GPU the sizes are published ones, by each grouped product that
+there is; PyTorch shares its memory, so JAX must not take all of it beforehand:
+
+    XLA_PYTHON_CLIENT_PREALLOCATE=false moejax bench --dtype=bfloat16 --out=FOLDER
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from absl import flags
 
 from moejax import cli
 from moejax.benching import layer, peers, show
 from moejax.benching.budgets import layer_budgets, step_budgets
-from moejax.benching.layer import Measured
-from moejax.benching.shapes import CASES, SIXTEEN, sweep
+from moejax.benching.shapes import CASES, GPU_CASES, SIXTEEN, Case, sweep
 from moejax.benching.show import Bench
 
 REPEATS = flags.DEFINE_integer("repeats", 5, "turns; more for a busy machine", 1)
 FULL = flags.DEFINE_bool("full", False, "also sweep sizes and skews, and the forward pass alone")
 ONLY = flags.DEFINE_list("only", [], "only these cases; 'step' is the training step")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of rows and weights")
-PEERS = flags.DEFINE_bool("peers", True, "Hugging Face's Mixtral in PyTorch, where installed")
+PEERS = flags.DEFINE_bool("peers", True, "PyTorch's too, where installed")
 OUT = flags.DEFINE_string("out", None, "also write figures, table and plot into this folder")
 AGAINST = flags.DEFINE_string("against", None, "a saved run's JSON, shown beside this one")
 
@@ -30,30 +34,48 @@ def main(arguments: list[str]) -> int:
     if arguments:
         raise ValueError(f"unknown argument {arguments[0]!r}")
     against = show.shares_of(Path(AGAINST.value)) if AGAINST.value else {}
-    cases = [*CASES, *(sweep() if FULL.value else ())]
-    names = {case.name for case in cases} | {"step"}
-    for name in ONLY.value:
-        if name not in names:
-            raise ValueError(f"--only: no case {name!r}; there are: {', '.join(sorted(names))}")
-    wanted = set(ONLY.value or names)
-    machine, repeats = show.machine(DTYPE.value), REPEATS.value
-    lines: list[Measured] = []
-    for case in (case for case in cases if case.name in wanted):
-        for both in (False, True) if case == SIXTEEN or FULL.value else (True,):
-            lines += layer.measure(case, repeats, both, jnp.dtype(DTYPE.value))
-        if PEERS.value:
-            lines += peers.measure(case, repeats)
-    whole, depths = None, {}
-    if "step" in wanted:
+    cases, with_step = wanted(ONLY.value, FULL.value, jax.default_backend() == "gpu")
+    bench = Bench(show.machine(DTYPE.value, cases))
+    for case, both in passes(cases, FULL.value):
+        theirs = peers.runs(case, both, DTYPE.value) if PEERS.value else {}
+        lines, failed = layer.measure(case, REPEATS.value, both, jnp.dtype(DTYPE.value), theirs)
+        bench = bench._replace(lines=[*bench.lines, *lines], failed=[*bench.failed, *failed])
+        bench = bench._replace(budgets=layer_budgets(bench.lines))
+        if OUT.value:  # after each: what is cut off keeps what it has
+            show.write(bench, Path(OUT.value))
+    if with_step:
         from moejax.benching import step  # here: the layer's benchmark needs no data stack
 
-        whole = step.measure(repeats, PEERS.value and peers.possible())
+        whole = step.measure(REPEATS.value, PEERS.value and peers.possible())
         depths = {layers: step.compile_seconds(layers) for layers in step.DEPTHS}
-    bench = Bench(machine, lines, [*layer_budgets(lines), *step_budgets(whole)], whole, depths)
+        budgets = [*bench.budgets, *step_budgets(whole)]
+        bench = bench._replace(step=whole, depths=depths, budgets=budgets)
+        if OUT.value:
+            show.write(bench, Path(OUT.value))
     print(show.text(bench, against))
-    if OUT.value:
-        show.write(bench, Path(OUT.value))
     return 0
+
+
+def wanted(only: Sequence[str], full: bool, gpu: bool) -> tuple[list[Case], bool]:
+    """The cases that are measured, and whether the training step is too.
+
+    Raises:
+      ValueError: a name that none has.
+    """
+    cases = [*CASES, *GPU_CASES, *(sweep() if full else ())]
+    names = [case.name for case in cases] + ["step"]
+    for name in only:
+        if name not in names:
+            raise ValueError(f"--only: no case {name!r}; there are: {', '.join(sorted(names))}")
+    if not only:
+        return (list(GPU_CASES), False) if gpu else ([c for c in cases if c not in GPU_CASES], True)
+    return [case for case in cases if case.name in only], "step" in only
+
+
+def passes(cases: Sequence[Case], full: bool) -> list[tuple[Case, bool]]:
+    """(case, both): of all cases forward and backward; of some the forward pass alone too."""
+    alone = [case for case in cases if full or case == SIXTEEN or case in GPU_CASES]
+    return [*((case, True) for case in cases), *((case, False) for case in alone)]
 
 
 if __name__ == "__main__":

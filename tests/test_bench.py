@@ -1,22 +1,27 @@
 """The benchmark at a size where it takes no time: what it measures, keeps, and shows."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 
+from moejax import bench
 from moejax.benching import layer, peers, show
 from moejax.benching.budgets import layer_budgets, step_budgets
 from moejax.benching.layer import Measured
-from moejax.benching.shapes import CASES, Case, plan_of, sweep
+from moejax.benching.shapes import CASES, GPU_CASES, Case, plan_of, sweep
 from moejax.benching.step import Peer, Step
+from moejax.benching.timing import in_turns
 
 TINY = Case("tiny", 8, 16, 4, 2, 64, ways=("einsum", "gather", "dropless", "ragged_dot"))
 
 
 @pytest.fixture(scope="module")
 def lines():
-    return layer.measure(TINY, repeats=2)
+    found, failed = layer.measure(TINY, repeats=2)
+    assert not failed
+    return found
 
 
 def test_every_way_is_measured_beside_the_dense_network(lines) -> None:
@@ -50,7 +55,7 @@ def test_skews_are_what_they_say() -> None:
 
 
 def test_cases_have_names_of_their_own() -> None:
-    names = [case.name for case in (*CASES, *sweep())]
+    names = [case.name for case in (*CASES, *GPU_CASES, *sweep())]
     assert len(set(names)) == len(names) > 15
     assert {case.skew for case in sweep()} == {"uniform", "zipf", "one"}
 
@@ -78,17 +83,20 @@ def test_a_saved_run_stands_beside_a_new_one(lines, tmp_path) -> None:
     peer = Peer("HF Mixtral", 0.4, 0.4, 0.4, 1e3, ours=2.0)
     whole = Step(0.2, 0.2, 0.2, 2e3, 0.5, 0.01, 3.0, 4.0, 2**20, peer)
     budgets = step_budgets(whole)
-    run = show.Bench(show.machine("float32"), lines, budgets, whole, {4: 1.0, 16: 1.1})
+    refused = [layer.Failed("tiny", "tokamax", both, "sm_100 only") for both in (True, False)]
+    there = show.machine("float32", [TINY, TINY._replace(name="other")])
+    run = show.Bench(there, lines, refused, budgets, whole, {4: 1.0, 16: 1.1})
     show.write(run, tmp_path)
     before = show.shares_of(tmp_path / "cpu.json")
     assert before == {line.key: line.share for line in lines}
     text = show.text(run, dict.fromkeys(before, 0.125))
     assert text.count("    0.12") + text.count("    0.13") >= len(lines)
-    assert "experts on sorted rows: blocks (lax.ragged_dot is masked-dense" in text
+    assert "experts on sorted rows, tiny, other: blocks (lax.ragged_dot is masked-dense" in text
     page = (tmp_path / "cpu.md").read_text()
     for where in (text, page):
         assert "compile time by layers: 1.0 s at 4, 1.1 s at 16" in where
         assert "in turns, ours is 2.00 times as fast" in where
+        assert where.count("left out, tiny, tokamax: sm_100 only") == 1
     assert "| training step / HF Mixtral's | 2.00 | >= 1.5 |" in page
     assert page.count("| uniform | ") == len(lines)
     assert json.loads((tmp_path / "cpu.json").read_text())["step"]["peer"]["ours"] == 2.0
@@ -98,6 +106,45 @@ def test_a_saved_run_stands_beside_a_new_one(lines, tmp_path) -> None:
         show.shares_of(tmp_path / "other.json")
 
 
+def test_a_way_that_does_not_run_is_left_out_and_says_why() -> None:
+    """JAX's kernels for GPUs, here; a peer that gives up."""
+
+    def gives_up():
+        raise RuntimeError("out of memory\nand more")
+
+    case = TINY._replace(ways=("hopper", "experts"))
+    found, failed = layer.measure(case, 1, False, peers={"theirs": lambda: 0, "other": gives_up})
+    assert [line.way for line in found] == ["dense", "experts", "theirs"]
+    assert [(line.way, line.both) for line in failed] == [("hopper", False), ("other", False)]
+    assert "take 16-bit numbers, not float32" in failed[0].why and failed[1].why == "out of memory"
+
+
+def test_quick_calls_share_a_turn() -> None:
+    calls = []
+    seconds = in_turns({"quick": lambda: calls.append(0), "slow": lambda: time.sleep(0.03)}, 2)
+    assert len(calls) > 2 * 20 and seconds["slow"].min() >= 0.03 and seconds["quick"].max() < 0.01
+
+
+def test_a_gpu_has_cases_of_its_own() -> None:
+    on_cpu, on_gpu = (bench.wanted([], False, gpu) for gpu in (False, True))
+    assert on_cpu == (list(CASES), True) and on_gpu == (list(GPU_CASES), False)
+    assert bench.wanted(["many", "step"], False, False) == ([GPU_CASES[1]], True)
+    with pytest.raises(ValueError, match="no case 'none'; there are: .*many, mixtral"):
+        bench.wanted(["none"], False, True)
+    assert bench.passes(on_gpu[0], False) == [
+        (c, both) for both in (True, False) for c in GPU_CASES
+    ]
+
+
+def test_peers_run_what_ours_runs() -> None:
+    for both in (True, False):
+        found = peers.runs(TINY, both, "float32")
+        assert set(found) == {"HF Mixtral", "torch grouped"}
+        for run in found.values():
+            run().block_until_ready()
+    assert peers.runs(TINY._replace(skew="zipf"), True, "float32") == {}
+
+
 def test_peers_that_are_not_installed_are_left_out(monkeypatch) -> None:
     monkeypatch.setattr(peers, "possible", lambda: False)
-    assert peers.measure(TINY, 1) == []
+    assert peers.runs(TINY, True, "float32") == {}

@@ -1,5 +1,6 @@
 """What was measured, beside what must be reached."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moejax.benching.layer import Measured
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from moejax.benching.step import Step
 
 
-def layer_budgets(lines: list[Measured]) -> list[Row]:
+def layer_budgets(lines: Sequence[Measured]) -> list[Row]:
     """Of the layer: ratios of medians over turns."""
     share = {(line.case, line.way): line.share for line in lines if line.both}
 

@@ -1,6 +1,7 @@
 """The experts of a layer, by each way to reach them, beside a dense network of equal FLOPs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,12 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.benching.shapes import CAPACITY, Case, plan_of, rows, weights
-from moejax.benching.timing import compiled, in_turns, rate
+from moejax.benching.timing import Compiled, compiled, in_turns, rate
 from moejax.dispatch import DISPATCH, Experts, experts_grouped
+from moejax.dispatch.grouped import IMPLEMENTATIONS, grouped_ffn
 from moejax.moe import MoeOptions, MoeParams, moe
 from moejax.routing import make_router
 
 Function = Callable[..., jax.Array]
+
+
+class Failed(NamedTuple):
+    """A way that could not be measured, and why."""
+
+    case: str
+    way: str
+    both: bool
+    why: str
 
 
 class Measured(NamedTuple):
@@ -21,8 +32,8 @@ class Measured(NamedTuple):
 
     Attributes:
       case, sizes, skew: of what.
-      way: 'dense', a dispatch, 'ragged_dot', 'experts' (of sorted rows, no dispatch), or 'layer'
-        (with router).
+      way: 'dense', a dispatch, 'layer' (with router), 'experts' (of sorted rows, no dispatch),
+        the same by a grouped product that is named ('ragged_dot', ...), or a peer.
       both: forward and backward; False = forward only.
       seconds: median over turns; low, high: their quartiles.
       flops_per_s: of the active FLOPs: dropped or padded rows do not count.
@@ -60,14 +71,6 @@ def dense(p: Experts, x_ND: jax.Array, _: Any) -> jax.Array:
     return h_NF @ p.w_out_EFD[0]
 
 
-def ragged(p: Experts, x_ND: jax.Array, load_E: jax.Array) -> jax.Array:
-    """The experts by `lax.ragged_dot`, which a CPU computes masked-dense."""
-    assert p.w_gate_EDF is not None
-    gate_NF = jax.nn.silu(jax.lax.ragged_dot(x_ND, p.w_gate_EDF, load_E))
-    h_NF = gate_NF * jax.lax.ragged_dot(x_ND, p.w_in_EDF, load_E)
-    return jax.lax.ragged_dot(h_NF, p.w_out_EFD, load_E)
-
-
 def both_ways(function: Function) -> Callable[..., Any]:
     """The gradients of all arguments but the last, which is data."""
 
@@ -90,8 +93,8 @@ def candidates(case: Case, dtype: Any) -> dict[str, tuple[Function, tuple[Any, .
         return lambda p, x_TD, plan: DISPATCH[name](p, x_TD, plan, "swiglu")[0]
 
     for way in case.ways:
-        if way == "ragged_dot":
-            found[way] = ragged, (p, x_ND, sorted_load_E)
+        if way in IMPLEMENTATIONS:
+            found[way] = partial(_experts_by, way), (p, x_ND, sorted_load_E)
         elif way == "experts":
             grouped = lambda p, x, load: experts_grouped(p, x, load, "swiglu")  # noqa: E731
             found[way] = grouped, (p, x_ND, sorted_load_E)
@@ -101,6 +104,10 @@ def candidates(case: Case, dtype: Any) -> dict[str, tuple[Function, tuple[Any, .
             plan = plan_of(case, None if way == "dropless" else CAPACITY)
             found[way] = layer(way), (p, x_TD, plan)
     return found
+
+
+def _experts_by(name: str, p: Experts, x_ND: jax.Array, load_E: jax.Array) -> jax.Array:
+    return grouped_ffn(x_ND, p.w_in_EDF, p.w_gate_EDF, p.w_out_EFD, load_E, by=name)
 
 
 def _router(case: Case) -> jax.Array:
@@ -118,16 +125,35 @@ def _whole(case: Case) -> Function:
 
 
 def measure(
-    case: Case, repeats: int, both: bool = True, dtype: Any = jnp.float32
-) -> list[Measured]:
-    """A line for the dense network and for each way of the case."""
-    programs = {
-        way: compiled(both_ways(function) if both else function, *arguments)
+    case: Case,
+    repeats: int,
+    both: bool = True,
+    dtype: Any = jnp.float32,
+    peers: Mapping[str, Callable[[], Any]] | None = None,
+) -> tuple[list[Measured], list[Failed]]:
+    """A line for the dense network, for each way of the case, and for each peer; and those that do
+    not run here: a kernel may refuse sizes or chips, and memory may not suffice."""
+    programs: dict[str, Compiled] = {}
+    failed: list[Failed] = []
+    making = {
+        way: partial(compiled, both_ways(function) if both else function, *arguments)
         for way, (function, arguments) in candidates(case, dtype).items()
     }
+    making |= {way: partial(Compiled, run) for way, run in (peers or {}).items()}
+    for way, make in making.items():
+        try:
+            made = make()
+            jax.block_until_ready(made.run())
+        except Exception as error:  # whatever a kernel library says
+            if way == "dense":
+                raise
+            why = next(iter(str(error).splitlines()), type(error).__name__)
+            failed.append(Failed(case.name, way, both, why))
+        else:
+            programs[way] = made
     seconds = in_turns({way: program.run for way, program in programs.items()}, repeats)
     flops = case.flops * (3 if both else 1)
-    return [
+    lines = [
         Measured(
             *(case.name, case.sizes, case.skew, way, both),
             seconds=float(np.median(taken)),
@@ -140,3 +166,4 @@ def measure(
         )
         for way, taken in seconds.items()
     ]
+    return lines, failed

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from moejax.dispatch import Experts, Plan, make_plan, route
+from moejax.dispatch.grouped import ON_GPU
+from moejax.dispatch.trial import Sizes
 from moejax.routing import RouterInput, make_router
 
 CAPACITY = 1.25  # the factor of the ways that have one
@@ -41,6 +43,10 @@ class Case(NamedTuple):
     def sizes(self) -> str:
         return f"D{self.dim} F{self.ffn} E{self.experts} K{self.k} T{self.tokens}"
 
+    def experts_of(self, dtype: str) -> Sizes:
+        """What the choice among grouped products depends on."""
+        return Sizes(self.experts, self.dim, self.ffn, dtype)
+
 
 LARGE = Case("large", 512, 2048, 16, 2, 8192, ways=("dropless", "experts", "layer"))
 SIXTEEN = Case("sixteen", 256, 1024, 16, 2, 4096, ways=("einsum", "gather", "dropless"))
@@ -51,6 +57,12 @@ CASES = (
     Case("fine-grained", 256, 256, 64, 6, 8192),
     SIXTEEN,
     EIGHT,
+)
+# A GPU's: widths as published (Mixtral 8x7B's layer, and one of many small experts).
+_GROUPED = ("layer", "dropless", "gather", *ON_GPU)
+GPU_CASES = (
+    Case("mixtral", 4096, 14336, 8, 2, 8192, ways=_GROUPED),
+    Case("many", 2048, 1024, 64, 8, 8192, ways=_GROUPED),
 )
 _CENTRE = Case("centre", 256, 512, 16, 2, 4096, ways=("einsum", "gather", "dropless"))
 

@@ -2,14 +2,16 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from moejax.benching.layer import Measured
+from moejax.benching.layer import Failed, Measured
+from moejax.benching.shapes import Case
 from moejax.dispatch.grouped import choose
 from moejax.training.hardware import device_name
 
@@ -30,14 +32,15 @@ class Bench(NamedTuple):
     """All that a run measured, and on what."""
 
     machine: dict[str, Any]
-    lines: list[Measured]
-    budgets: list[Row]
-    step: "Step | None"
-    depths: dict[int, float]
+    lines: Sequence[Measured] = ()
+    failed: Sequence[Failed] = ()
+    budgets: Sequence[Row] = ()
+    step: "Step | None" = None
+    depths: Mapping[int, float] = MappingProxyType({})
 
 
-def machine(dtype: str) -> dict[str, Any]:
-    """What the figures must be read with."""
+def machine(dtype: str, cases: Sequence[Case]) -> dict[str, Any]:
+    """What the figures must be read with. `grouped`: what the experts of each case get, and why."""
     platform = jax.default_backend()
     return {
         "device": device_name(),
@@ -45,22 +48,25 @@ def machine(dtype: str) -> dict[str, Any]:
         "load": os.getloadavg()[0],  # of the last minute, before the first line
         "dtype": dtype,
         "jax": metadata.version("jax"),
-        "grouped": choose(platform)._asdict(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "grouped": {
+            case.name: choose(platform, sizes=case.experts_of(dtype))._asdict() for case in cases
+        },
         "buffers": choose(platform, buffers=True)._asdict(),
     }
 
 
 def lines_of(measured: Sequence[Measured], against: dict[str, float]) -> list[str]:
     """The table of the layer; with the shares of a saved run where they are given."""
-    head = f"{'':<20}{'way':<11}{'ms':>9}{'quartiles':>15}{'GFLOP/s':>9}{'of dense':>9}"
+    head = f"{'':<12}{'way':<19}{'ms':>9}{'quartiles':>15}{'GFLOP/s':>9}{'of dense':>9}"
     head += f"{'temp MiB':>10}{'compile s':>10}" + (f"{'before':>8}" if against else "")
     found, group = [], None
     for line in measured:
         if group != (line.case, line.both):
             group = line.case, line.both
             found += ["", f"{line.case}: {line.sizes}, load {line.skew}, {line.passes}", head]
-        spread = f"{1e3 * line.low:.0f}-{1e3 * line.high:.0f}"
-        text = f"{'':<20}{line.way:<11}{1e3 * line.seconds:>9.1f}{spread:>15}"
+        spread = f"{1e3 * line.low:.1f}-{1e3 * line.high:.1f}"
+        text = f"{'':<12}{line.way:<19}{1e3 * line.seconds:>9.1f}{spread:>15}"
         text += f"{line.flops_per_s / 1e9:>9.1f}{line.share:>9.2f}"
         text += f"{line.temp_bytes / 2**20:>10.1f}{line.compile_seconds:>10.1f}"
         if line.key in against:
@@ -78,20 +84,37 @@ def text(bench: Bench, against: dict[str, float]) -> str:
         found.append(
             f"other work on this machine: load {there['load']:.1f}; read ratios, not times"
         )
-    for what, chosen in (("sorted rows", there["grouped"]), ("buffers", there["buffers"])):
-        found.append(f"experts on {what}: {chosen['name']} ({chosen['why']})")
+    found += chosen_lines(there)
+    found += left_out(bench)
     found += ["", *lines_of(bench.lines, against)]
-    found += ["", *step_lines(bench)] if bench.step else []
+    found += ["", *step_lines(bench)]
     found += ["", f"{'ratios of rates':<40}{'measured':>10}{'budget':>10}"]
     for row in bench.budgets:
         found.append(f"{row.what:<40}{row.ratio:>10.2f}{row.budget:>10}{_missed(row)}")
     return "\n".join(found)
 
 
+def chosen_lines(there: dict[str, Any]) -> list[str]:
+    """Which grouped products were chosen, once for all cases that got them for one reason."""
+    cases: dict[str, list[str]] = {}
+    for case, chosen in there["grouped"].items():
+        cases.setdefault(f"{chosen['name']} ({chosen['why']})", []).append(case)
+    buffers = there["buffers"]
+    found = [f"experts on sorted rows, {', '.join(of)}: {what}" for what, of in cases.items()]
+    return [*found, f"experts on buffers: {buffers['name']} ({buffers['why']})"]
+
+
+def left_out(bench: Bench) -> list[str]:
+    """What did not run here, once for both passes."""
+    whys = (f"left out, {line.case}, {line.way}: {line.why}" for line in bench.failed)
+    return list(dict.fromkeys(whys))
+
+
 def step_lines(bench: Bench) -> list[str]:
     """The training step, the peer's, and what depth costs to compile."""
     s = bench.step
-    assert s is not None
+    if s is None:
+        return []
     found = [
         "training step: L4 D128 F256 E8 K2, 16 x 256 tokens, dropless, AdamW",
         f"  {1e3 * s.seconds:.0f} ms ({1e3 * s.low:.0f}-{1e3 * s.high:.0f}), "
@@ -125,7 +148,8 @@ def markdown(bench: Bench) -> str:
     there = bench.machine
     found = [
         f"{there['device']}, {there['cores']} cores, {there['dtype']}, JAX {there['jax']}, load "
-        f"{there['load']:.1f} before the run.",
+        f"{there['load']:.1f} before the run"
+        + (f", XLA_FLAGS {there['xla_flags']}." if there["xla_flags"] else "."),
         "",
         "| ratio of rates | measured | budget |",
         "| --- | --- | --- |",
@@ -137,14 +161,14 @@ def markdown(bench: Bench) -> str:
     ]
     for line in bench.lines:
         what = f"| {line.sizes} | {line.skew} | {line.way} | {line.passes} "
-        taken = f"| {line.seconds:.3f} ({line.low:.3f}-{line.high:.3f}) | {line.share:.2f} "
+        taken = f"| {line.seconds:.4g} ({line.low:.4g}-{line.high:.4g}) | {line.share:.2f} "
         needs = f"| {line.temp_bytes / 2**20:.0f} | {line.compile_seconds:.1f} |"
         known = line.compile_seconds > 0  # a peer's program does not say
         found.append(
             what + taken + f"| {line.flops_per_s / 1e9:.1f} {needs if known else '| – | – |'}"
         )
-    if bench.step:
-        found += ["", *(f"{line.strip()}  " for line in step_lines(bench))]
+    notes = [*chosen_lines(there), *left_out(bench)]
+    found += ["", *(f"{line.strip()}  " for line in [*notes, *step_lines(bench)])]
     return "\n".join(found) + "\n"
 
 
@@ -156,6 +180,7 @@ def to_json(bench: Bench) -> dict[str, Any]:
     return {
         "machine": bench.machine,
         "lines": [{"key": line.key, **line._asdict()} for line in bench.lines],
+        "failed": [line._asdict() for line in bench.failed],
         "budgets": [row._asdict() for row in bench.budgets],
         "step": _step_json(bench.step),
         "compile_seconds_by_layers": bench.depths,

@@ -3,6 +3,7 @@
 A ratio is the median over turns, so it survives a busy machine; a single time does not.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,19 +11,23 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+# A turn calls what is quicker several times: starting a program takes a GPU's host about 0.1 ms,
+# which is hidden while the one before still runs.
+LEAST_SECONDS = 0.02
+
 
 class Compiled(NamedTuple):
     """A function compiled ahead for its arguments, and what that says.
 
     Attributes:
-      run: calls it.
-      compile_seconds: tracing, lowering and compiling.
+      run: calls it; the result has a `block_until_ready`, or arrays that do.
+      compile_seconds: tracing, lowering and compiling; 0 = not known.
       temp_bytes: what it needs on one device besides arguments and results.
     """
 
     run: Callable[[], Any]
-    compile_seconds: float
-    temp_bytes: int
+    compile_seconds: float = 0.0
+    temp_bytes: int = 0
 
 
 def compiled(function: Callable[..., Any], *arguments: Any) -> Compiled:
@@ -34,15 +39,27 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> Compiled:
 
 
 def in_turns(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
-    """Seconds of each, one of each a turn, after a first turn that warms up."""
+    """Seconds of a call of each, one turn after the other, after two that warm up and say how many
+    calls make a turn."""
+    for run in runs.values():
+        _seconds(run, 1)
+    calls = {
+        name: math.ceil(LEAST_SECONDS / max(_seconds(run, 1), 1e-4)) for name, run in runs.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(_seconds(run, calls[name]))
     return {name: np.array(values) for name, values in seconds.items()}
+
+
+def _seconds(run: Callable[[], Any], calls: int) -> float:
+    """Of one of so many calls, of which only the last is waited for."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = run()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / calls
 
 
 def rate(seconds: Mapping[str, np.ndarray], name: str, against: str) -> float:

@@ -4,17 +4,16 @@ One function with one contract; `choose` says which implementation a platform ge
 """
 
 from collections.abc import Callable
-from functools import cache, partial
-from importlib.util import find_spec
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import Array, lax
 
-from moejax.dispatch import blocks, products
-from moejax.dispatch.measured import Choice, fastest
+from moejax.dispatch import blocks, products, trial
+from moejax.dispatch.measured import Choice
 from moejax.dispatch.products import Activation, manual_axes
+from moejax.dispatch.trial import Sizes
 
 Weights = tuple[Array, ...]  # (w_in_EDF,) or (w_in_EDF, w_gate_EDF)
 
@@ -35,17 +34,23 @@ IMPLEMENTATIONS = {
     "blocks": Implementation(blocks.forward, blocks.backward),
     "ragged_dot": _on(products.RAGGED),
     "ragged_dot, kernel": _on(products.RAGGED_ON_TPU),
+    "ragged_dot, hopper": _on(products.RAGGED_ON_HOPPER),
+    "hopper": _on(products.HOPPER),
     "tokamax": _on(products.TOKAMAX),
     "batched": _on(products.BATCHED),
 }
 
+# Sorted rows on a GPU: which is fastest depends on sizes, versions and the chip, so it is measured.
+ON_GPU = ("ragged_dot", "ragged_dot, hopper", "hopper", "tokamax")
 
-def choose(platform: str, buffers: bool = False) -> Choice:
+
+def choose(platform: str, buffers: bool = False, sizes: Sizes = trial.USUAL) -> Choice:
     """Which implementation `grouped_ffn` lowers to on a platform: cpu, tpu, or any other.
 
     Args:
       platform: as in `jax.default_backend()`, of the devices that it is compiled for.
       buffers: for rows [E, C, D] instead of sorted ones [N, D].
+      sizes: on a GPU, of the experts that it is measured on.
     """
     if platform == "cpu":
         if buffers:
@@ -59,35 +64,7 @@ def choose(platform: str, buffers: bool = False) -> Choice:
             "lax.ragged_dot is a grouped product; its weight gradient, which JAX 0.10 expands to a "
             "masked dense one, is JAX's megablox kernel",
         )
-    return _on_gpu()
-
-
-@cache
-def _on_gpu() -> Choice:
-    """Measured at the first use, and kept as long as the process lives."""
-    if not find_spec("tokamax"):
-        return Choice("ragged_dot", "the compiler's own; tokamax is not installed")
-    if jax.default_backend() not in ("gpu", "cuda", "rocm"):
-        return Choice("ragged_dot", "the compiler's own; no GPU is here to measure others on")
-    if jax.process_count() > 1:
-        return Choice("ragged_dot", "the compiler's own; processes that measure may not agree")
-    with jax.ensure_compile_time_eval():  # a layer may be being traced
-        return fastest({name: partial(_trial, name) for name in ("ragged_dot", "tokamax")})
-
-
-def _trial(name: str, num_rows: int = 8192, dim: int = 1024, experts: int = 8) -> Any:
-    """Forward and backward of one implementation, in bfloat16, at an uneven load."""
-    rows_ND = jnp.ones((num_rows, dim), jnp.bfloat16)
-    w_EDD = jnp.ones((experts, dim, dim), jnp.bfloat16)
-    load_E = jnp.full(experts, num_rows // experts).at[0].add(-num_rows // experts // 2)
-    return _trial_step(name, rows_ND, w_EDD, load_E)
-
-
-@partial(jax.jit, static_argnums=0)
-def _trial_step(name: str, rows_ND: Array, w_EDD: Array, load_E: Array) -> Any:
-    made, ins = IMPLEMENTATIONS[name], (w_EDD, w_EDD)
-    y_ND, residuals = made.forward(jax.nn.silu, rows_ND, ins, w_EDD, load_E)
-    return made.backward(jax.nn.silu, y_ND, rows_ND, ins, w_EDD, load_E, residuals)
+    return trial.on_gpu(sizes, tuple((name, IMPLEMENTATIONS[name]) for name in ON_GPU))
 
 
 def grouped_ffn(
@@ -97,6 +74,7 @@ def grouped_ffn(
     w_out_EFD: Array,
     load_E: Array,
     activation: Activation = jax.nn.silu,
+    by: str | None = None,
 ) -> Array:
     """Applies expert e's network to its rows: the first load_E[0] rows are expert 0's, and so on.
 
@@ -112,12 +90,13 @@ def grouped_ffn(
         w_out_EFD: output weights.
         load_E: int32, the number of rows of each expert; may depend on data.
         activation: elementwise.
+        by: of `IMPLEMENTATIONS`; None = the one that `choose` names for the platform.
 
     Returns:
         Outputs in the shape and dtype of the rows.
     """
     ins = (w_in_EDF,) if w_gate_EDF is None else (w_in_EDF, w_gate_EDF)
-    return _ffn(activation, *_vary_alike((rows_ND, ins, w_out_EFD, load_E)))
+    return _ffn(activation, by, *_vary_alike((rows_ND, ins, w_out_EFD, load_E)))
 
 
 def _vary_alike(tree: Any) -> Any:
@@ -131,20 +110,21 @@ def _vary_alike(tree: Any) -> Any:
     return jax.tree.map(vary, tree)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ffn(activation: Activation, rows: Array, ins: Weights, w_out_EFD: Array, load_E: Array):
-    return _forward(activation, rows, ins, w_out_EFD, load_E)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ffn(activation: Activation, by: str | None, rows, ins: Weights, w_out_EFD, load_E):
+    return _forward(activation, by, rows, ins, w_out_EFD, load_E)[0]
 
 
-def _forward(activation: Activation, rows: Array, ins: Weights, w_out_EFD: Array, load_E: Array):
+def _forward(activation: Activation, by: str | None, rows, ins: Weights, w_out_EFD, load_E):
     # Chosen inside the two rules: around them, each path would keep the other's residuals.
     args = rows, ins, w_out_EFD, load_E
-    y, pre = lax.platform_dependent(*args, **_by_platform("forward", activation, rows))
+    y, pre = lax.platform_dependent(*args, **_by_platform("forward", activation, by, rows, ins))
     return y, (*args, pre)
 
 
-def _backward(activation: Activation, residuals: Any, dy: Array):
-    by_platform = _by_platform("backward", activation, dy)
+def _backward(activation: Activation, by: str | None, residuals: Any, dy: Array):
+    rows, ins, *_ = residuals
+    by_platform = _by_platform("backward", activation, by, rows, ins)
     drows, dins, dw_out_EFD = lax.platform_dependent(dy, *residuals, **by_platform)
     return drows, dins, dw_out_EFD, None
 
@@ -152,9 +132,13 @@ def _backward(activation: Activation, residuals: Any, dy: Array):
 _ffn.defvjp(_forward, _backward)
 
 
-def _by_platform(rule: str, activation: Activation, rows: Array) -> dict[str, Callable[..., Any]]:
+def _by_platform(
+    rule: str, activation: Activation, by: str | None, rows: Array, ins: Weights
+) -> dict[str, Callable[..., Any]]:
+    sizes = Sizes(*ins[0].shape, rows.dtype.name, bool(manual_axes(rows)))
+
     def of(platform: str) -> Callable[..., Any]:
-        made = IMPLEMENTATIONS[choose(platform, rows.ndim == 3).name]
+        made = IMPLEMENTATIONS[by or choose(platform, rows.ndim == 3, sizes).name]
         return partial(getattr(made, rule), activation)
 
     return {platform: of(platform) for platform in ("cpu", "tpu", "default")}

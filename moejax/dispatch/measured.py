@@ -14,8 +14,15 @@ class Choice(NamedTuple):
     why: str
 
 
-def fastest(runs: Mapping[str, Callable[[], Any]], repeats: int = 3) -> Choice:
+def fastest(
+    runs: Mapping[str, Callable[[], Any]], check: Callable[[Any], None], repeats: int = 3
+) -> Choice:
     """The fastest of some functions; the reason holds the time of each, and who failed and why.
+
+    Args:
+      runs: the functions, by name.
+      check: raises ValueError for a result that is wrong: fast is not enough.
+      repeats: of which the best counts.
 
     Raises:
       RuntimeError: all of them fail.
@@ -23,6 +30,7 @@ def fastest(runs: Mapping[str, Callable[[], Any]], repeats: int = 3) -> Choice:
     seconds, failed = {}, []
     for name, run in runs.items():
         try:
+            check(jax.block_until_ready(run()))  # compiles
             seconds[name] = _best(run, repeats)
         except Exception as error:  # whatever a kernel library says: it is not for this machine
             reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -35,7 +43,6 @@ def fastest(runs: Mapping[str, Callable[[], Any]], repeats: int = 3) -> Choice:
 
 
 def _best(run: Callable[[], Any], repeats: int) -> float:
-    jax.block_until_ready(run())  # compiles
     taken = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from moejax.dispatch import hopper
+
 Activation = Callable[[Array], Array]
 
 # Of the TPU kernel: rows are a multiple of the first; the others are the largest that leave room on
@@ -16,9 +18,11 @@ TILES = (128, 1024, 1024)
 
 
 class Products(NamedTuple):
-    """dot: (x, w_EXY, load_E) -> y. of_weights: (x, w_EXY, dy, load_E) -> dw_EXY."""
+    """dot: (x, w_EXY, load_E) -> y. of_rows: (dy, w_EXY, load_E) -> dx. of_weights: (x, w_EXY, dy,
+    load_E) -> dw_EXY. Rows past sum(load_E) may give any finite number, and are given as such."""
 
     dot: Callable[..., Array]
+    of_rows: Callable[..., Array]
     of_weights: Callable[..., Array]
 
 
@@ -38,8 +42,7 @@ def backward(products: Products, activation, dy, rows, ins, w_out_EFD, load_E, p
     """Gradients by the rows, the input weights and the output weights."""
 
     def transposed(x, w, dy):
-        dx = products.dot(dy, w.swapaxes(1, 2), load_E)
-        return dx, products.of_weights(x, w, dy, load_E)
+        return products.of_rows(dy, w, load_E), products.of_weights(x, w, dy, load_E)
 
     x, dy = _zero_tail(rows, load_E), _zero_tail(dy, load_E)
     hidden, hidden_vjp = jax.vjp(partial(hidden_of, activation), *pre)
@@ -91,6 +94,11 @@ def _batched_weight_gradient(x_ECX: Array, w_EXY: Array, dy_ECY: Array, load_E: 
     return jnp.einsum("ecx,ecy->exy", x_ECX, dy_ECY)
 
 
+def _turned(dot: Callable[..., Array]) -> Callable[..., Array]:
+    """The gradient of a product's rows, by the product itself."""
+    return lambda dy, w_EXY, load_E: dot(dy, w_EXY.swapaxes(1, 2), load_E)
+
+
 def tokamax_dot(x_NX: Array, w_EXY: Array, load_E: Array) -> Array:
     """tokamax's grouped product, by the kernel that it picks for the device."""
     import tokamax  # here: an extra, and slow to import
@@ -103,7 +111,9 @@ def tokamax_weight_gradient(x_NX: Array, w_EXY: Array, dy_NY: Array, load_E: Arr
     return vjp(dy_NY)[0]
 
 
-TOKAMAX = Products(tokamax_dot, tokamax_weight_gradient)
-RAGGED = Products(lax.ragged_dot, compiler_weight_gradient)
-RAGGED_ON_TPU = Products(lax.ragged_dot, kernel_weight_gradient)
-BATCHED = Products(_batched_dot, _batched_weight_gradient)
+TOKAMAX = Products(tokamax_dot, _turned(tokamax_dot), tokamax_weight_gradient)
+RAGGED = Products(lax.ragged_dot, _turned(lax.ragged_dot), compiler_weight_gradient)
+RAGGED_ON_TPU = RAGGED._replace(of_weights=kernel_weight_gradient)
+RAGGED_ON_HOPPER = RAGGED._replace(of_weights=hopper.of_weights)
+HOPPER = Products(hopper.dot, hopper.of_rows, hopper.of_weights)
+BATCHED = Products(_batched_dot, _turned(_batched_dot), _batched_weight_gradient)

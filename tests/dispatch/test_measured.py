@@ -1,16 +1,21 @@
 """The choosing among implementations, driven with stand-ins: no GPU is needed."""
 
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from moejax.dispatch import grouped
+from moejax.dispatch import grouped, trial
+from moejax.dispatch.grouped import IMPLEMENTATIONS, Implementation
 from moejax.dispatch.measured import fastest
 
+SIZES = trial.Sizes(4, 8, 12, "float32")
+RAGGED = IMPLEMENTATIONS["ragged_dot"]
 
-def refuses():
+
+def refuses(*_):
     raise NotImplementedError("sm_100 only\nand more")
 
 
@@ -19,63 +24,108 @@ def slow():
     return jnp.ones(1)
 
 
-def test_the_fastest_that_runs_is_chosen_and_says_why():
-    name, why = fastest({"slow": slow, "quick": lambda: jnp.ones(1), "refuses": refuses})
-    assert name == "quick"
-    assert "slow 2" in why and "quick 0" in why and why.endswith("refuses failed: sm_100 only")
-    assert fastest({"refuses": refuses, "slow": slow}).name == "slow"
+def right(result):
+    if not jnp.all(result == 1):
+        raise ValueError("off by 1")
+
+
+def test_the_fastest_that_runs_and_is_right_is_chosen_and_says_why():
+    runs = {"slow": slow, "quick": lambda: jnp.ones(1), "refuses": refuses}
+    runs["wrong"] = lambda: jnp.zeros(1)
+    name, why = fastest(runs, right)
+    assert name == "quick" and "slow 2" in why and "quick 0" in why
+    assert why.endswith("refuses failed: sm_100 only; wrong failed: off by 1")
+    assert fastest({"refuses": refuses, "slow": slow}, right).name == "slow"
     with pytest.raises(RuntimeError, match="no implementation runs here: refuses failed: sm_100"):
-        fastest({"refuses": refuses})
+        fastest({"refuses": refuses}, right)
+
+
+def other(forward=lambda y: y, backward=lambda grads: grads, seconds=0.0):
+    """Another grouped product, which may be slow or wrong."""
+
+    def forwards(*args):
+        y, residuals = RAGGED.forward(*args)
+        jax.debug.callback(partial(time.sleep, seconds))
+        return forward(y), residuals
+
+    return Implementation(forwards, lambda *args: backward(RAGGED.backward(*args)))
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine with one GPU and tokamax; what is tried there is recorded."""
-    tried = []
-
-    def trial(name):
-        tried.append(name)
-        return slow() if name == "ragged_dot" else jnp.ones(1)
-
-    monkeypatch.setattr(grouped, "find_spec", lambda name: name)
+    """A machine with one GPU, as far as one asks it."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(grouped, "_trial", trial)
-    grouped._on_gpu.cache_clear()
-    yield tried
-    grouped._on_gpu.cache_clear()
 
 
-def test_on_a_gpu_it_is_measured_once_also_while_a_layer_is_traced(gpu):
-    names = []
+def swapped(grads):
+    drows, (dw_in, dw_gate), dw_out = grads
+    return drows, (dw_gate, dw_in), dw_out
+
+
+def test_numbers_of_forward_and_backward_are_checked(gpu):
+    wrong = {
+        "leaves nobody's rows": other(lambda y: y + (y == 0)),
+        "last rows wrong": other(lambda y: y.at[900:].multiply(1.1)),
+        "swaps": other(backward=swapped),
+        "nan": other(backward=lambda grads: jax.tree.map(lambda g: g * jnp.nan, grads)),
+        "refuses": Implementation(refuses, refuses),
+    }
+    among = (("slow", other(seconds=0.03)), *wrong.items(), ("right", other()))
+    name, why = trial.on_gpu(SIZES, among)
+    assert name == "right" and "slow 3" in why and "right " in why
+    for part in (
+        "leaves nobody's rows failed: rows of no expert do not give 0",
+        "last rows wrong failed: outputs are off by 0.1 of their norm",
+        "swaps failed: the input weights' gradients are off by",
+        "nan failed: the rows' gradients are off by nan",
+        "refuses failed: sm_100 only",
+    ):
+        assert part in why
+
+
+def test_it_is_measured_once_for_sizes_also_while_a_layer_is_traced(gpu, monkeypatch):
+    tried = []
+    monkeypatch.setattr(trial, "_measure", lambda sizes, among: tried.append(sizes) or "found")
 
     @jax.jit
     def layer(x):
-        names.append(grouped.choose("cuda").name)
+        assert grouped.choose("cuda", sizes=SIZES) == "found"
         return x
 
+    trial.on_gpu.cache_clear()
     layer(jnp.ones(1))
-    assert names == ["tokamax"] and set(gpu) == {"ragged_dot", "tokamax"}
-    before = len(gpu)
-    assert "ragged_dot 2" in grouped.choose("cuda").why and len(gpu) == before
+    layer(jnp.ones(2))
+    grouped.choose("cuda", sizes=SIZES._replace(ffn=16))
+    trial.on_gpu.cache_clear()
+    assert tried == [SIZES, SIZES._replace(ffn=16)]
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "value", "why"),
-    [
-        (grouped, "find_spec", lambda name: None, "tokamax is not installed"),
-        (jax, "default_backend", lambda: "cpu", "no GPU is here to measure others on"),
-        (jax, "process_count", lambda: 2, "processes that measure may not agree"),
-    ],
-)
-def test_where_nothing_can_be_measured_it_is_the_compilers(
-    gpu, monkeypatch, module, name, value, why
-):
-    monkeypatch.setattr(module, name, value)
-    chosen = grouped.choose("cuda")
-    assert chosen.name == "ragged_dot" and why in chosen.why and not gpu
+def test_inside_a_mesh_nothing_of_it_reaches_the_trial(gpu):
+    among = (("ragged_dot", RAGGED), ("other", other()))
+    found = []
+
+    def shard(x):
+        found.append(trial.on_gpu(SIZES, among))
+        return x
+
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.ones(2), jax.NamedSharding(mesh, jax.P("data")))
+        jax.jit(jax.shard_map(shard, out_specs=jax.P("data")))(x)
+    assert "the fastest measured here: ragged_dot" in found[0].why and "; other" in found[0].why
 
 
-def test_the_trial_runs_an_implementation_forward_and_backward():
-    drows, (dw_in, dw_gate), dw_out = grouped._trial("ragged_dot", 64, 8, 4)
-    assert drows.shape == (64, 8) and {a.shape for a in (dw_in, dw_gate, dw_out)} == {(4, 8, 8)}
-    assert float(jnp.abs(dw_in).sum()) > 0
+def test_where_nothing_can_be_measured_it_is_the_compilers(gpu, monkeypatch):
+    def found(sizes=SIZES):
+        trial.on_gpu.cache_clear()
+        name, why = trial.on_gpu(sizes, (("ragged_dot", other(refuses)), ("other", other(refuses))))
+        assert name == "ragged_dot" and why.startswith("the compiler's own; ")
+        return why
+
+    assert "nothing could be measured: no implementation runs here: ragged_dot failed" in found()
+    assert "along which mesh axes they vary" in found(SIZES._replace(varying=True))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert "processes that measure may not agree" in found()
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert "no GPU is here to measure others on" in found()
+    trial.on_gpu.cache_clear()

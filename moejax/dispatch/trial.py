@@ -1,0 +1,119 @@
+"""Which grouped products a GPU gets: each is run once on experts of the layer's sizes, checked and
+timed, and what was found is kept as long as the process lives."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from moejax.dispatch.measured import Choice, fastest
+
+TOLERANCE = 0.02  # of norms: bfloat16 is off by 0.005, a row of another expert by 1
+OWN = "the compiler's own"
+
+
+class Sizes(NamedTuple):
+    """Of experts, as far as the choice depends on them.
+
+    Attributes:
+      experts, dim, ffn: E, D, F.
+      dtype: of rows and weights.
+      varying: inside `shard_map`, where kernels cannot say along which mesh axes they vary.
+    """
+
+    experts: int
+    dim: int
+    ffn: int
+    dtype: str
+    varying: bool = False
+
+    @property
+    def rows(self) -> int:
+        """512 an expert, as training has them; few enough that a trial takes a layer's memory."""
+        return min(512 * self.experts, 32768)
+
+
+USUAL = Sizes(8, 1024, 1024, "bfloat16")
+
+
+@cache
+def on_gpu(sizes: Sizes, among: tuple[tuple[str, Any], ...]) -> Choice:
+    """The fastest of some implementations on this process's GPU whose numbers are right; the first
+    where nothing can be measured. The reason has the times, or why there are none."""
+    own = among[0][0]
+    if jax.default_backend() not in ("gpu", "cuda", "rocm"):
+        return Choice(own, f"{OWN}; no GPU is here to measure others on")
+    if jax.process_count() > 1:
+        return Choice(own, f"{OWN}; processes that measure may not agree")
+    if sizes.varying:
+        return Choice(own, f"{OWN}; kernels do not say along which mesh axes they vary")
+    # A layer may be being traced, inside meshes and scopes: another thread knows nothing of that.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_measure, sizes, among).result()
+
+
+def _measure(sizes: Sizes, among: tuple[tuple[str, Any], ...]) -> Choice:
+    try:
+        arguments = _arguments(sizes)
+        runs = {name: partial(_jitted(made), *arguments) for name, made in among}
+        return fastest(runs, partial(_check, arguments))
+    except Exception as error:  # most likely no memory is left for a trial
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return Choice(among[0][0], f"{OWN}; nothing could be measured: {reason}")
+
+
+def _arguments(sizes: Sizes) -> tuple[Any, ...]:
+    """Rows, weights and an uneven load, no boundary on a tile's, with rows of no expert behind."""
+    n, e, d, f = sizes.rows, sizes.experts, sizes.dim, sizes.ffn
+    keys = jax.random.split(jax.random.key(0), 5)
+
+    def normal(key: Array, *shape: int, scale: float = 1.0) -> Array:
+        return (jax.random.normal(key, shape) * scale).astype(sizes.dtype)
+
+    load_E = jnp.full(e, n // e).at[0].add(-(n // e // 2 + 3))
+    rows_ND, dy_ND = normal(keys[0], n, d), normal(keys[1], n, d)
+    ins = (normal(keys[2], e, d, f, scale=d**-0.5), normal(keys[3], e, d, f, scale=d**-0.5))
+    return rows_ND, ins, normal(keys[4], e, f, d, scale=f**-0.5), load_E, dy_ND
+
+
+def _jitted(made: Any) -> Callable[..., Any]:
+    """Forward and backward: outputs, and gradients by rows, input weights and output weights."""
+
+    def both(rows_ND: Array, ins: Any, w_out_EFD: Array, load_E: Array, dy_ND: Array) -> Any:
+        args = rows_ND, ins, w_out_EFD, load_E
+        y_ND, residuals = made.forward(jax.nn.silu, *args)
+        return y_ND, made.backward(jax.nn.silu, dy_ND, *args, residuals)
+
+    return jax.jit(both)
+
+
+def _check(arguments: tuple[Any, ...], found: Any) -> None:
+    """Of the last expert, on whose rows all loads before have their say, and of nobody's rows."""
+    rows_ND, (w_in, w_gate), w_out, load_E, dy_ND = arguments
+    last, total = int(load_E[-1]), int(load_E.sum())
+    own = slice(total - last, total)
+
+    def dense(x: Array, w_in: Array, w_gate: Array, w_out: Array) -> Array:
+        return (jax.nn.silu(x @ w_gate) * (x @ w_in)) @ w_out
+
+    y, vjp = jax.vjp(dense, rows_ND[own], w_in[-1], w_gate[-1], w_out[-1])
+    dx, *dws = vjp(dy_ND[own])
+    y_ND, (dx_ND, (dw_in, dw_gate), dw_out) = found
+    pairs = {
+        "outputs": (y_ND[own], y),
+        "the rows' gradients": (dx_ND[own], dx),
+        "the input weights' gradients": (dw_in[-1], dws[0]),
+        "the gates' gradients": (dw_gate[-1], dws[1]),
+        "the output weights' gradients": (dw_out[-1], dws[2]),
+    }
+    for what, (got, wanted) in pairs.items():
+        got, wanted = got.astype(jnp.float32), wanted.astype(jnp.float32)
+        off = float(jnp.linalg.norm(got - wanted) / jnp.linalg.norm(wanted))
+        if not off <= TOLERANCE:
+            raise ValueError(f"{what} are off by {off:.2g} of their norm")
+    if bool(jnp.any(y_ND[total:] != 0) | jnp.any(dx_ND[total:] != 0)):
+        raise ValueError("rows of no expert do not give 0")
