@@ -41,7 +41,9 @@ IMPLEMENTATIONS = {
 }
 
 # Sorted rows on a GPU: which is fastest depends on sizes, versions and the chip, so it is measured.
-ON_GPU = ("ragged_dot", "ragged_dot, hopper", "hopper", "tokamax")
+# JAX alone writes the first two; the others are kernels for some chips, types and widths.
+WITHOUT_KERNELS = ("ragged_dot", "blocks")
+ON_GPU = (*WITHOUT_KERNELS, "ragged_dot, hopper", "hopper", "tokamax")
 
 
 def choose(platform: str, buffers: bool = False, sizes: Sizes = trial.USUAL) -> Choice:
@@ -64,7 +66,9 @@ def choose(platform: str, buffers: bool = False, sizes: Sizes = trial.USUAL) -> 
             "lax.ragged_dot is a grouped product; its weight gradient, which JAX 0.10 expands to a "
             "masked dense one, is JAX's megablox kernel",
         )
-    return trial.on_gpu(sizes, tuple((name, IMPLEMENTATIONS[name]) for name in ON_GPU))
+    # Inside shard_map kernels cannot say along which mesh axes their results vary.
+    among = WITHOUT_KERNELS if sizes.varying else ON_GPU
+    return trial.on_gpu(sizes, tuple((name, IMPLEMENTATIONS[name]) for name in among))
 
 
 def grouped_ffn(
@@ -135,7 +139,8 @@ _ffn.defvjp(_forward, _backward)
 def _by_platform(
     rule: str, activation: Activation, by: str | None, rows: Array, ins: Weights
 ) -> dict[str, Callable[..., Any]]:
-    sizes = Sizes(*ins[0].shape, rows.dtype.name, bool(manual_axes(rows)))
+    experts, dim, ffn = ins[0].shape
+    sizes = Sizes(experts, dim, ffn, rows.dtype.name, bool(manual_axes(rows)))
 
     def of(platform: str) -> Callable[..., Any]:
         made = IMPLEMENTATIONS[by or choose(platform, rows.ndim == 3, sizes).name]

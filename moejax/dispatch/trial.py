@@ -13,6 +13,7 @@ from jax import Array
 from moejax.dispatch.measured import Choice, fastest
 
 TOLERANCE = 0.02  # of norms: bfloat16 is off by 0.005, a row of another expert by 1
+NARROW = 128
 OWN = "the compiler's own"
 
 
@@ -22,7 +23,7 @@ class Sizes(NamedTuple):
     Attributes:
       experts, dim, ffn: E, D, F.
       dtype: of rows and weights.
-      varying: inside `shard_map`, where kernels cannot say along which mesh axes they vary.
+      varying: rows differ along axes of a mesh, inside `shard_map`.
     """
 
     experts: int
@@ -49,8 +50,8 @@ def on_gpu(sizes: Sizes, among: tuple[tuple[str, Any], ...]) -> Choice:
         return Choice(own, f"{OWN}; no GPU is here to measure others on")
     if jax.process_count() > 1:
         return Choice(own, f"{OWN}; processes that measure may not agree")
-    if sizes.varying:
-        return Choice(own, f"{OWN}; kernels do not say along which mesh axes they vary")
+    if min(sizes.dim, sizes.ffn) < NARROW:
+        return Choice(own, f"{OWN}; networks narrower than {NARROW} are not worth a trial")
     # A layer may be being traced, inside meshes and scopes: another thread knows nothing of that.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_measure, sizes, among).result()

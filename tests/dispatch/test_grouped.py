@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moejax.dispatch import blocks, products
 from moejax.dispatch.grouped import choose, grouped_ffn
+from moejax.dispatch.trial import Sizes
 
 
 def one_by_one(rows_ND, w_in_EDF, w_gate_EDF, w_out_EFD, load_E, activation):
@@ -111,6 +112,15 @@ def test_bfloat16():
     assert_equal_to_definition(args, load, tolerance=5e-2)
     shapes = jax.eval_shape(gradients, *args, jnp.array(load))
     assert all(a.dtype == jnp.bfloat16 for a in shapes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_networks_as_wide_as_kernels_want_them(dtype):
+    """What this machine chooses: on a GPU kernels, which take no narrower ones."""
+    args = arrays(900, 256, 128, 4, True, dtype)
+    tolerance = 5e-2 if dtype == "bfloat16" else 1e-4
+    assert_equal_to_definition(args, [300, 0, 133, 400], tolerance=tolerance)
+    assert choose(jax.default_backend(), sizes=Sizes(4, 256, 128, dtype)).why
 
 
 def test_bfloat16_weight_gradients_accumulate_in_float32():

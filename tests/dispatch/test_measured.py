@@ -11,7 +11,7 @@ from moejax.dispatch import grouped, trial
 from moejax.dispatch.grouped import IMPLEMENTATIONS, Implementation
 from moejax.dispatch.measured import fastest
 
-SIZES = trial.Sizes(4, 8, 12, "float32")
+SIZES = trial.Sizes(4, 128, 128, "float32")
 RAGGED = IMPLEMENTATIONS["ragged_dot"]
 
 
@@ -70,9 +70,9 @@ def test_numbers_of_forward_and_backward_are_checked(gpu):
         "nan": other(backward=lambda grads: jax.tree.map(lambda g: g * jnp.nan, grads)),
         "refuses": Implementation(refuses, refuses),
     }
-    among = (("slow", other(seconds=0.03)), *wrong.items(), ("right", other()))
+    among = (("slow", other(seconds=0.2)), *wrong.items(), ("right", other()))
     name, why = trial.on_gpu(SIZES, among)
-    assert name == "right" and "slow 3" in why and "right " in why
+    assert name == "right" and "measured here: slow 2" in why and "; right " in why
     for part in (
         "leaves nobody's rows failed: rows of no expert do not give 0",
         "last rows wrong failed: outputs are off by 0.1 of their norm",
@@ -85,7 +85,12 @@ def test_numbers_of_forward_and_backward_are_checked(gpu):
 
 def test_it_is_measured_once_for_sizes_also_while_a_layer_is_traced(gpu, monkeypatch):
     tried = []
-    monkeypatch.setattr(trial, "_measure", lambda sizes, among: tried.append(sizes) or "found")
+
+    def measured(sizes, among):
+        tried.append((sizes.varying, tuple(name for name, _ in among)))
+        return "found"
+
+    monkeypatch.setattr(trial, "_measure", measured)
 
     @jax.jit
     def layer(x):
@@ -95,9 +100,10 @@ def test_it_is_measured_once_for_sizes_also_while_a_layer_is_traced(gpu, monkeyp
     trial.on_gpu.cache_clear()
     layer(jnp.ones(1))
     layer(jnp.ones(2))
-    grouped.choose("cuda", sizes=SIZES._replace(ffn=16))
+    grouped.choose("cuda", sizes=SIZES._replace(varying=True))
     trial.on_gpu.cache_clear()
-    assert tried == [SIZES, SIZES._replace(ffn=16)]
+    every = ("ragged_dot", "blocks", "ragged_dot, hopper", "hopper", "tokamax")
+    assert tried == [(False, every), (True, every[:2])]
 
 
 def test_inside_a_mesh_nothing_of_it_reaches_the_trial(gpu):
@@ -123,7 +129,7 @@ def test_where_nothing_can_be_measured_it_is_the_compilers(gpu, monkeypatch):
         return why
 
     assert "nothing could be measured: no implementation runs here: ragged_dot failed" in found()
-    assert "along which mesh axes they vary" in found(SIZES._replace(varying=True))
+    assert "networks narrower than 128 are not worth a trial" in found(SIZES._replace(ffn=64))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert "processes that measure may not agree" in found()
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
