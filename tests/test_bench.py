@@ -86,6 +86,8 @@ def test_a_saved_run_stands_beside_a_new_one(lines, tmp_path) -> None:
     refused = [layer.Failed("tiny", "tokamax", both, "sm_100 only") for both in (True, False)]
     there = show.machine("float32", [TINY, TINY._replace(name="other")])
     run = show.Bench(there, lines, refused, budgets, whole, {4: 1.0, 16: 1.1})
+    show.write(show.Bench(there, lines), tmp_path)  # before there is a step
+    assert json.loads((tmp_path / "cpu.json").read_text())["step"] is None
     show.write(run, tmp_path)
     before = show.shares_of(tmp_path / "cpu.json")
     assert before == {line.key: line.share for line in lines}

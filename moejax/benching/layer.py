@@ -12,6 +12,7 @@ from moejax.benching.shapes import CAPACITY, Case, plan_of, rows, weights
 from moejax.benching.timing import Compiled, compiled, in_turns, rate
 from moejax.dispatch import DISPATCH, Experts, experts_grouped
 from moejax.dispatch.grouped import IMPLEMENTATIONS, grouped_ffn
+from moejax.dispatch.measured import reason
 from moejax.moe import MoeOptions, MoeParams, moe
 from moejax.routing import make_router
 
@@ -147,8 +148,7 @@ def measure(
         except Exception as error:  # whatever a kernel library says
             if way == "dense":
                 raise
-            why = next(iter(str(error).splitlines()), type(error).__name__)
-            failed.append(Failed(case.name, way, both, why))
+            failed.append(Failed(case.name, way, both, reason(error)))
         else:
             programs[way] = made
     seconds = in_turns({way: program.run for way, program in programs.items()}, repeats)

@@ -183,7 +183,7 @@ def to_json(bench: Bench) -> dict[str, Any]:
         "failed": [line._asdict() for line in bench.failed],
         "budgets": [row._asdict() for row in bench.budgets],
         "step": _step_json(bench.step),
-        "compile_seconds_by_layers": bench.depths,
+        "compile_seconds_by_layers": dict(bench.depths),
     }
 
 

@@ -33,13 +33,18 @@ def fastest(
             check(jax.block_until_ready(run()))  # compiles
             seconds[name] = _best(run, repeats)
         except Exception as error:  # whatever a kernel library says: it is not for this machine
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            failed.append(f"{name} failed: {reason}")
+            failed.append(f"{name} failed: {reason(error)}")
     if not seconds:
         raise RuntimeError(f"no implementation runs here: {'; '.join(failed)}")
     told = [f"{name} {1e3 * best:.2f} ms" for name, best in seconds.items()]
     chosen = min(seconds, key=lambda name: seconds[name])
     return Choice(chosen, f"the fastest measured here: {'; '.join([*told, *failed])}")
+
+
+def reason(error: Exception) -> str:
+    """In one short line."""
+    first = next(filter(str.strip, str(error).splitlines()), type(error).__name__)
+    return first.strip()[:200]
 
 
 def _best(run: Callable[[], Any], repeats: int) -> float:

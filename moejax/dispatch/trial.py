@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moejax.dispatch.measured import Choice, fastest
+from moejax.dispatch.measured import Choice, fastest, reason
 
 TOLERANCE = 0.02  # of norms: bfloat16 is off by 0.005, a row of another expert by 1
 NARROW = 128
@@ -63,8 +63,7 @@ def _measure(sizes: Sizes, among: tuple[tuple[str, Any], ...]) -> Choice:
         runs = {name: partial(_jitted(made), *arguments) for name, made in among}
         return fastest(runs, partial(_check, arguments))
     except Exception as error:  # most likely no memory is left for a trial
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        return Choice(among[0][0], f"{OWN}; nothing could be measured: {reason}")
+        return Choice(among[0][0], f"{OWN}; nothing could be measured: {reason(error)}")
 
 
 def _arguments(sizes: Sizes) -> tuple[Any, ...]:
