@@ -94,6 +94,11 @@ def _batched_weight_gradient(x_ECX: Array, w_EXY: Array, dy_ECY: Array, load_E: 
     return jnp.einsum("ecx,ecy->exy", x_ECX, dy_ECY)
 
 
+def _dot_before_kernels(x: Array, w_EXY: Array, load_E: Array) -> Array:
+    # XLA gives rows of no expert to cuDNN, which does not say what it leaves there.
+    return _zero_tail(lax.ragged_dot(x, w_EXY, load_E), load_E)
+
+
 def _turned(dot: Callable[..., Array]) -> Callable[..., Array]:
     """The gradient of a product's rows, by the product itself."""
     return lambda dy, w_EXY, load_E: dot(dy, w_EXY.swapaxes(1, 2), load_E)
@@ -114,6 +119,6 @@ def tokamax_weight_gradient(x_NX: Array, w_EXY: Array, dy_NY: Array, load_E: Arr
 TOKAMAX = Products(tokamax_dot, _turned(tokamax_dot), tokamax_weight_gradient)
 RAGGED = Products(lax.ragged_dot, _turned(lax.ragged_dot), compiler_weight_gradient)
 RAGGED_ON_TPU = RAGGED._replace(of_weights=kernel_weight_gradient)
-RAGGED_ON_HOPPER = RAGGED._replace(of_weights=hopper.of_weights)
+RAGGED_ON_HOPPER = Products(_dot_before_kernels, _turned(_dot_before_kernels), hopper.of_weights)
 HOPPER = Products(hopper.dot, hopper.of_rows, hopper.of_weights)
 BATCHED = Products(_batched_dot, _turned(_batched_dot), _batched_weight_gradient)
