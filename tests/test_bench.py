@@ -141,7 +141,7 @@ def test_a_gpu_has_cases_of_its_own() -> None:
 def test_peers_run_what_ours_runs() -> None:
     for both in (True, False):
         found = peers.runs(TINY, both, "float32")
-        assert set(found) == {"HF Mixtral", "torch grouped"}
+        assert set(found) == ({"HF Mixtral", "torch grouped"} if peers.possible() else set())
         for run in found.values():
             run().block_until_ready()
     assert peers.runs(TINY._replace(skew="zipf"), True, "float32") == {}
