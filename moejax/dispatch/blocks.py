@@ -16,7 +16,9 @@ from moejax.dispatch.products import hidden_of
 
 # An expert takes the blocks of each size that fit, largest first, and rounds up to the last.
 # Each size is compiled, so a longer list costs compile time.
-BLOCK_SIZES = (512, 128, 32)
+SMALL_BLOCKS = (128, 32)
+LARGEST_BLOCK = 1024
+BUFFER_BLOCK = 512
 
 
 def forward(activation, rows, ins, w_out_EFD, load_E):
@@ -37,7 +39,9 @@ def forward(activation, rows, ins, w_out_EFD, load_E):
 
     num_rows = len(rows_ND)
     pre = tuple(jnp.zeros_like(rows_ND, shape=(num_rows, w.shape[2])) for w in ins)
-    y_ND, pre = _fold_blocks(expert, (jnp.zeros_like(rows_ND), pre), start_E, load_E, num_rows)
+    carry = (jnp.zeros_like(rows_ND), pre)
+    sizes = _sizes(rows, len(load_E))
+    y_ND, pre = _fold_blocks(expert, carry, start_E, load_E, num_rows, sizes)
     return y_ND.reshape(rows.shape), tuple(a.reshape(*rows.shape[:-1], -1) for a in pre)
 
 
@@ -65,13 +69,24 @@ def backward(activation, dy, rows, ins, w_out_EFD, load_E, pre):
 
     zeros = jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), (ins, w_out_EFD))
     carry = (jnp.zeros_like(rows_ND), *zeros)
-    dx_ND, *grads = _fold_blocks(expert, carry, start_E, load_E, len(rows_ND))
+    sizes = _sizes(rows, len(load_E))
+    dx_ND, *grads = _fold_blocks(expert, carry, start_E, load_E, len(rows_ND), sizes)
     dins, dw_out_EFD = jax.tree.map(lambda d, w: d.astype(w.dtype), tuple(grads), (ins, w_out_EFD))
     return dx_ND.reshape(rows.shape), dins, dw_out_EFD
 
 
 def _flat(a: Array) -> Array:
     return a.reshape(-1, a.shape[-1])
+
+
+def _sizes(rows: Array, experts: int) -> list[int]:
+    """Of the blocks. The largest is what an expert has of sorted rows when all have the same: it is
+    one block then. A buffer is larger than that."""
+    num_rows = rows.size // rows.shape[-1]
+    fair = BUFFER_BLOCK if rows.ndim == 3 else -(-num_rows // experts // 64) * 64
+    largest = min(fair, LARGEST_BLOCK)
+    sizes = [largest, *SMALL_BLOCKS] if largest > SMALL_BLOCKS[0] else SMALL_BLOCKS
+    return [min(size, num_rows) for size in sizes]
 
 
 def _starts(rows: Array, load_E: Array) -> Array:
@@ -103,9 +118,15 @@ def _block(first: Array, end: Array, size: int, num_rows: int) -> _Block:
     return _Block(start, ((first <= row_B) & (row_B < end))[:, None])
 
 
-def _fold_blocks(expert: Callable, carry: Any, start_E: Array, load_E: Array, num_rows: int) -> Any:
+def _fold_blocks(
+    expert: Callable,
+    carry: Any,
+    start_E: Array,
+    load_E: Array,
+    num_rows: int,
+    sizes: list[int],
+) -> Any:
     """Equivalent to: for e in range(E): for block of e's rows: carry = expert(e)(block, carry)."""
-    sizes = [min(size, num_rows) for size in BLOCK_SIZES]
 
     def visit(e, carry):
         step, first, end = expert(e), start_E[e], start_E[e] + load_E[e]
