@@ -58,7 +58,7 @@ CASES = (
     EIGHT,
 )
 # A GPU's: widths as published (Mixtral 8x7B's layer, and one of many small experts).
-_GROUPED = ("layer", "dropless", "gather", "ragged_dot", "ragged_dot, hopper", "hopper", "tokamax")
+_GROUPED = ("layer", "dropless", "gather", "ragged_dot", "hopper", "tokamax")
 GPU_CASES = (
     Case("mixtral", 4096, 14336, 8, 2, 8192, ways=_GROUPED),
     Case("many", 2048, 1024, 64, 8, 8192, ways=_GROUPED),

@@ -34,7 +34,6 @@ IMPLEMENTATIONS = {
     "blocks": Implementation(blocks.forward, blocks.backward),
     "ragged_dot": _on(products.RAGGED),
     "ragged_dot, kernel": _on(products.RAGGED_ON_TPU),
-    "ragged_dot, hopper": _on(products.RAGGED_ON_HOPPER),
     "hopper": _on(products.HOPPER),
     "tokamax": _on(products.TOKAMAX),
     "batched": _on(products.BATCHED),
@@ -43,7 +42,7 @@ IMPLEMENTATIONS = {
 # Sorted rows on a GPU: which is fastest depends on sizes, versions and the chip, so it is measured.
 # JAX alone writes the first two; the others are kernels for some chips, types and widths.
 WITHOUT_KERNELS = ("ragged_dot", "blocks")
-ON_GPU = (*WITHOUT_KERNELS, "ragged_dot, hopper", "hopper", "tokamax")
+ON_GPU = (*WITHOUT_KERNELS, "hopper", "tokamax")
 
 
 def choose(platform: str, buffers: bool = False, sizes: Sizes = trial.USUAL) -> Choice:

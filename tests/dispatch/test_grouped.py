@@ -1,7 +1,9 @@
 """The grouped feed-forward network against its definition, in values and gradients."""
 
 import re
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +96,30 @@ def test_any_activation(activation):  # sigmoid(0) is not 0: rows of no expert m
 def test_rows_of_no_expert_contribute_nothing():
     for garbage in (1e30, np.inf, np.nan):
         assert_equal_to_definition(arrays(900, 8, 12, 4, True), [40, 3, 20, 700], garbage=garbage)
+
+
+def test_what_a_kernel_leaves_in_rows_of_no_expert_contributes_nothing(monkeypatch):
+    """tokamax's leave what they find, and multiply it by 0 in the weights' gradients."""
+
+    @jax.custom_vjp
+    def product(x, w, load_E):
+        known = (jnp.arange(len(x)) < load_E.sum())[:, None]
+        return jnp.where(known, jax.lax.ragged_dot(x, w, load_E), jnp.nan)
+
+    def backward(kept, dy):
+        x, w, load_E = kept
+        dx = product(dy, w.swapaxes(1, 2), load_E)
+        segment = jnp.repeat(jnp.eye(len(load_E)), load_E, axis=0, total_repeat_length=len(x))
+        segment = segment * (jnp.arange(len(x)) < load_E.sum())[:, None]
+        return dx, jnp.einsum("ne,nx,ny->exy", segment, x, dy), None
+
+    product.defvjp(lambda *args: (product(*args), args), backward)
+    monkeypatch.setitem(sys.modules, "tokamax", SimpleNamespace(ragged_dot=product))
+    args, load_E = arrays(12, 4, 6, 3, gated=True), jnp.array([5, 0, 3])
+    by_tokamax = partial(grouped_ffn, by="tokamax")
+    found = value_and_grads(by_tokamax, args, load_E, jax.nn.silu)
+    close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
+    jax.tree.map(close, found, value_and_grads(grouped_ffn, args, load_E, jax.nn.silu))
 
 
 def test_cotangents_of_no_expert_contribute_nothing():

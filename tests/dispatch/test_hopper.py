@@ -41,7 +41,6 @@ def test_every_product_of_forward_and_backward_is_a_kernel():
 
     # Forward 3, of which this loss does not need y's; backward 3 for rows and 3 for weights.
     assert kernels("hopper") == (8, 0)
-    assert kernels("ragged_dot, hopper") == (3, 5)
 
 
 def test_what_the_kernels_do_not_take_is_refused():
