@@ -1,12 +1,13 @@
 """The common model at each scale. Experiments start from here and change what they are about.
 
 smoke: half a minute an arm and seed on two CPU cores, most of it compilation. small: 18 TFLOP and
-about five minutes, reckoned from 0.6 to 0.8 CPU seconds a step; so `gshard` (18 runs) takes an hour
-and a half, `expert_choice` (33) and `loss_free` (36) two and a half, `switch` (48) four. medium:
-3.5 PFLOP, for one accelerator; a minute at a tenth of an H100's peak, not measured. The papers'
-sizes are in pods/ where they exist.
+two minutes on two CPU cores (a core each for two runs at once); so `gshard` (18 runs) takes forty
+minutes, `expert_choice` (33) and `loss_free` (36) over an hour, `switch` (48) an hour and a half.
+14 processes that shared an H100 trained 49 such runs in six and a half minutes, most of it
+compilation. medium: 3.5 PFLOP, for one accelerator; a minute at a tenth of an H100's peak, not
+measured. The papers' sizes are in pods/ where they exist.
 
-A comparison at small takes more than a sitting. What is finished is kept, and it goes on from a
+A comparison may take more than a sitting. What is finished is kept, and it goes on from a
 committed report alone:
 
     moejax compare experiments/switch.py:small                 # until it is cut

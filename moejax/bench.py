@@ -24,6 +24,7 @@ from moejax.benching.show import Bench
 REPEATS = flags.DEFINE_integer("repeats", 5, "turns; more for a busy machine", 1)
 FULL = flags.DEFINE_bool("full", False, "also sweep sizes and skews, and the forward pass alone")
 ONLY = flags.DEFINE_list("only", [], "only these cases; 'step' is the training step")
+WAYS = flags.DEFINE_list("ways", [], "of each case only these lines, beside dense and peers")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of rows and weights")
 PEERS = flags.DEFINE_bool("peers", True, "PyTorch's too, where installed")
 OUT = flags.DEFINE_string("out", None, "also write figures, table and plot into this folder")
@@ -35,6 +36,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"unknown argument {arguments[0]!r}")
     against = show.shares_of(Path(AGAINST.value)) if AGAINST.value else {}
     cases, with_step = wanted(ONLY.value, FULL.value, jax.default_backend() == "gpu")
+    cases = narrowed(cases, WAYS.value)
     bench = Bench(show.machine(DTYPE.value, cases))
     for case, both in passes(cases, FULL.value):
         theirs = peers.runs(case, both, DTYPE.value) if PEERS.value else {}
@@ -70,6 +72,19 @@ def wanted(only: Sequence[str], full: bool, gpu: bool) -> tuple[list[Case], bool
     if not only:
         return (list(GPU_CASES), False) if gpu else ([c for c in cases if c not in GPU_CASES], True)
     return [case for case in cases if case.name in only], "step" in only
+
+
+def narrowed(cases: Sequence[Case], ways: Sequence[str]) -> list[Case]:
+    """The cases with these ways only; all ways if none is named.
+
+    Raises:
+      ValueError: a way that no case has.
+    """
+    known = {way for case in cases for way in case.ways}
+    for way in ways:
+        if way not in known:
+            raise ValueError(f"--ways: no line {way!r}; there are: {', '.join(sorted(known))}")
+    return [c._replace(ways=tuple(w for w in c.ways if w in ways or not ways)) for c in cases]
 
 
 def passes(cases: Sequence[Case], full: bool) -> list[tuple[Case, bool]]:

@@ -150,3 +150,13 @@ def test_peers_run_what_ours_runs() -> None:
 def test_peers_that_are_not_installed_are_left_out(monkeypatch) -> None:
     monkeypatch.setattr(peers, "possible", lambda: False)
     assert peers.runs(TINY, True, "float32") == {}
+
+
+def test_only_some_ways_are_measured_and_a_choice_made_where_it_is_needed() -> None:
+    assert bench.narrowed(CASES, []) == list(CASES)
+    cases = bench.narrowed(GPU_CASES, ["hopper", "gather"])
+    assert [case.ways for case in cases] == [("gather", "hopper")] * 2
+    assert show.machine("bfloat16", cases)["grouped"] == {}
+    assert [*show.machine("float32", CASES[:1])["grouped"]] == ["large"]
+    with pytest.raises(ValueError, match="--ways: no line 'none'; there are: dropless, .*tokamax"):
+        bench.narrowed(GPU_CASES, ["none"])
