@@ -8,7 +8,6 @@ there is; PyTorch shares its memory, so JAX must not take all of it beforehand:
     XLA_PYTHON_CLIENT_PREALLOCATE=false moejax bench --dtype=bfloat16 --out=FOLDER
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -18,7 +17,7 @@ from absl import flags
 from moejax import cli
 from moejax.benching import layer, peers, show
 from moejax.benching.budgets import layer_budgets, step_budgets
-from moejax.benching.shapes import CASES, GPU_CASES, SIXTEEN, Case, sweep
+from moejax.benching.shapes import narrowed, passes, wanted
 from moejax.benching.show import Bench
 
 REPEATS = flags.DEFINE_integer("repeats", 5, "turns; more for a busy machine", 1)
@@ -56,41 +55,6 @@ def main(arguments: list[str]) -> int:
             show.write(bench, Path(OUT.value))
     print(show.text(bench, against))
     return 0
-
-
-def wanted(only: Sequence[str], full: bool, gpu: bool) -> tuple[list[Case], bool]:
-    """The cases that are measured, and whether the training step is too.
-
-    Raises:
-      ValueError: a name that none has.
-    """
-    cases = [*CASES, *GPU_CASES, *(sweep() if full else ())]
-    names = [case.name for case in cases] + ["step"]
-    for name in only:
-        if name not in names:
-            raise ValueError(f"--only: no case {name!r}; there are: {', '.join(sorted(names))}")
-    if not only:
-        return (list(GPU_CASES), False) if gpu else ([c for c in cases if c not in GPU_CASES], True)
-    return [case for case in cases if case.name in only], "step" in only
-
-
-def narrowed(cases: Sequence[Case], ways: Sequence[str]) -> list[Case]:
-    """The cases with these ways only; all ways if none is named.
-
-    Raises:
-      ValueError: a way that no case has.
-    """
-    known = {way for case in cases for way in case.ways}
-    for way in ways:
-        if way not in known:
-            raise ValueError(f"--ways: no line {way!r}; there are: {', '.join(sorted(known))}")
-    return [c._replace(ways=tuple(w for w in c.ways if w in ways or not ways)) for c in cases]
-
-
-def passes(cases: Sequence[Case], full: bool) -> list[tuple[Case, bool]]:
-    """(case, both): of all cases forward and backward; of some the forward pass alone too."""
-    alone = [case for case in cases if full or case == SIXTEEN or case in GPU_CASES]
-    return [*((case, True) for case in cases), *((case, False) for case in alone)]
 
 
 if __name__ == "__main__":

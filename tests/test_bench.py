@@ -6,11 +6,19 @@ import time
 import numpy as np
 import pytest
 
-from moejax import bench
 from moejax.benching import layer, peers, show
 from moejax.benching.budgets import layer_budgets, step_budgets
 from moejax.benching.layer import Measured
-from moejax.benching.shapes import CASES, GPU_CASES, Case, plan_of, sweep
+from moejax.benching.shapes import (
+    CASES,
+    GPU_CASES,
+    Case,
+    narrowed,
+    passes,
+    plan_of,
+    sweep,
+    wanted,
+)
 from moejax.benching.step import Peer, Step
 from moejax.benching.timing import in_turns
 
@@ -128,14 +136,12 @@ def test_quick_calls_share_a_turn() -> None:
 
 
 def test_a_gpu_has_cases_of_its_own() -> None:
-    on_cpu, on_gpu = (bench.wanted([], False, gpu) for gpu in (False, True))
+    on_cpu, on_gpu = (wanted([], False, gpu) for gpu in (False, True))
     assert on_cpu == (list(CASES), True) and on_gpu == (list(GPU_CASES), False)
-    assert bench.wanted(["many", "step"], False, False) == ([GPU_CASES[1]], True)
+    assert wanted(["many", "step"], False, False) == ([GPU_CASES[1]], True)
     with pytest.raises(ValueError, match="no case 'none'; there are: .*many, mixtral"):
-        bench.wanted(["none"], False, True)
-    assert bench.passes(on_gpu[0], False) == [
-        (c, both) for both in (True, False) for c in GPU_CASES
-    ]
+        wanted(["none"], False, True)
+    assert passes(on_gpu[0], False) == [(c, both) for both in (True, False) for c in GPU_CASES]
 
 
 def test_peers_run_what_ours_runs() -> None:
@@ -153,10 +159,10 @@ def test_peers_that_are_not_installed_are_left_out(monkeypatch) -> None:
 
 
 def test_only_some_ways_are_measured_and_a_choice_made_where_it_is_needed() -> None:
-    assert bench.narrowed(CASES, []) == list(CASES)
-    cases = bench.narrowed(GPU_CASES, ["hopper", "gather"])
+    assert narrowed(CASES, []) == list(CASES)
+    cases = narrowed(GPU_CASES, ["hopper", "gather"])
     assert [case.ways for case in cases] == [("gather", "hopper")] * 2
     assert show.machine("bfloat16", cases)["grouped"] == {}
     assert [*show.machine("float32", CASES[:1])["grouped"]] == ["large"]
     with pytest.raises(ValueError, match="--ways: no line 'none'; there are: dropless, .*tokamax"):
-        bench.narrowed(GPU_CASES, ["none"])
+        narrowed(GPU_CASES, ["none"])

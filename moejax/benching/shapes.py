@@ -1,5 +1,7 @@
-"""Sizes, skews, and the arrays of a benchmark: data is passed as arguments, never folded in."""
+"""Sizes, skews, which of them are measured, and the arrays of a benchmark: data is passed as
+arguments, never folded in."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -83,6 +85,41 @@ def sweep() -> tuple[Case, ...]:
     ]
     few = _CENTRE._replace(ways=(*_CENTRE.ways, "ragged_dot"))
     return (few, *(case for case in changed))
+
+
+def wanted(only: Sequence[str], full: bool, gpu: bool) -> tuple[list[Case], bool]:
+    """The cases that are measured, and whether the training step is too.
+
+    Raises:
+      ValueError: a name that none has.
+    """
+    cases = [*CASES, *GPU_CASES, *(sweep() if full else ())]
+    names = [case.name for case in cases] + ["step"]
+    for name in only:
+        if name not in names:
+            raise ValueError(f"--only: no case {name!r}; there are: {', '.join(sorted(names))}")
+    if not only:
+        return (list(GPU_CASES), False) if gpu else ([c for c in cases if c not in GPU_CASES], True)
+    return [case for case in cases if case.name in only], "step" in only
+
+
+def narrowed(cases: Sequence[Case], ways: Sequence[str]) -> list[Case]:
+    """The cases with these ways only; all ways if none is named.
+
+    Raises:
+      ValueError: a way that no case has.
+    """
+    known = {way for case in cases for way in case.ways}
+    for way in ways:
+        if way not in known:
+            raise ValueError(f"--ways: no line {way!r}; there are: {', '.join(sorted(known))}")
+    return [c._replace(ways=tuple(w for w in c.ways if w in ways or not ways)) for c in cases]
+
+
+def passes(cases: Sequence[Case], full: bool) -> list[tuple[Case, bool]]:
+    """(case, both): of all cases forward and backward; of some the forward pass alone too."""
+    alone = [case for case in cases if full or case == SIXTEEN or case in GPU_CASES]
+    return [*((case, True) for case in cases), *((case, False) for case in alone)]
 
 
 def weights(case: Case, experts: int | None = None, dtype: Any = jnp.float32) -> Experts:
