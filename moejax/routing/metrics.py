@@ -155,9 +155,10 @@ def figures(stats: MoeStats) -> dict[str, jax.Array]:
     Returns:
       max_vio, load_entropy, router_entropy, dead: means over layers; busiest: the share of its
         layer's tokens that the busiest expert of all gets; drop, left_behind: shares over all
-        layers; drop_k [K]: the share of each rank of choice that was dropped, per valid token;
-        load_LE: each layer's share of assignments per expert; and by layer max_vio_L, drop_L,
-      load_entropy_L and router_entropy_L.
+        layers; drop_k [K]: the share of each rank of choice that was dropped, per valid token; own:
+        those of the router's own sums that are one number a layer, per valid token; load_LE: each
+        layer's share of assignments per expert; and by layer max_vio_L, drop_L, load_entropy_L and
+        router_entropy_L.
     """
     num_experts = stats.load_E.shape[-1]
     # In float32: summed over its layers, a large batch's assignments pass 2**31.
@@ -176,6 +177,11 @@ def figures(stats: MoeStats) -> dict[str, jax.Array]:
         "drop": (assigned - stats.kept_E.sum(dtype=jnp.float32)) / jnp.maximum(assigned, 1.0),
         "drop_k": stats.dropped_K.sum(0, dtype=jnp.float32) / layer_tokens,
         "left_behind": stats.left_behind.sum(dtype=jnp.float32) / layer_tokens,
+        "own": {
+            name: sum_L.sum(dtype=jnp.float32) / layer_tokens
+            for name, sum_L in stats.own.items()
+            if sum_L.ndim == stats.tokens.ndim
+        },
         "load_LE": stats.load_E / load_L,
         "max_vio_L": max_vio_L,
         "drop_L": dropped_L / load_L[..., 0],

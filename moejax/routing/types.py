@@ -65,7 +65,8 @@ class Routing(NamedTuple):
         choice, computed for the router's gradient alone (DenseMixer); it counts nowhere.
       scores_TE: float32 affinities, without noise or bias, for losses and metrics.
       sums: name -> array, the router's own sums over valid tokens, for its losses and for its
-        state's update. They are added up over groups, microbatches and devices.
+        state's update. They are added up over groups, microbatches and devices; those that are one
+        number are logged per valid token, as own.NAME.
       rest_TD: float32, what a token gets besides its experts' outputs (Default MoE); None for most.
     """
 

@@ -65,6 +65,12 @@ def test_figures_by_hand() -> None:
     assert shown["left_behind"] == 0.0
 
 
+def test_a_routers_own_numbers_are_shown_per_token() -> None:
+    layers = [by_hand()._replace(own={"flips": n, "by_expert_E": jnp.ones(3)}) for n in (1, 3)]
+    shown = figures(jax.tree.map(lambda *a: jnp.stack(a), *layers))
+    assert shown["own"] == {"flips": pytest.approx(4 / 6)}  # of 2 layers x 3 tokens
+
+
 def test_figures_of_a_batch_of_padding_are_finite_and_drop_nothing() -> None:
     zero = jax.tree.map(lambda a: jnp.zeros_like(a)[None], by_hand())
     shown = figures(zero)
