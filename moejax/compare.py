@@ -289,7 +289,7 @@ def unfinished(configs: Mapping[str, Config], out: Path) -> dict[str, Config]:
     Raises:
       ValueError: processes that were given different configs, or that see different folders.
     """
-    from moejax.data.storage import digest
+    from moejax.storage import digest
     from moejax.training.checkpoint import written_config
     from moejax.training.processes import check_agree
 

@@ -9,7 +9,7 @@ from moejax.analyzing.subject import Analysed
 from moejax.analyzing.tables import all_tables
 from moejax.reporting.cells import jsonable, terminal
 from moejax.reporting.page import page
-from moejax.reporting.report import write_atomically
+from moejax.storage import write_atomically
 
 QUESTION = "What did the routers learn, and what of it is more than chance?"
 PAGE_ONLY = ("layers", "favourites")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from absl import app, flags
 
-from moejax.data import DataConfig, TextDataset, open_dataset, storage
+from moejax import storage
+from moejax.data import DataConfig, TextDataset, open_dataset
 from moejax.data.export import export
 
 NAME = flags.DEFINE_string("name", DataConfig.name, "corpus: stdlib, text, lm1b, c4, wikipedia/...")

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils import tqdm_utils
 
-from moejax.data import storage
+from moejax import storage
 from moejax.data.config import DataConfig
 from moejax.data.corpora import SOURCES, STDLIB, Document, Source, group_of, held_out
 from moejax.data.markov import MARKOV

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moejax.data import storage
+from moejax import storage
 from moejax.data.config import DataConfig
 from moejax.data.corpora import SOURCES
 from moejax.data.masking import mask_tokens

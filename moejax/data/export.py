@@ -8,7 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
-from moejax.data import storage
+from moejax import storage
 from moejax.data.config import LOCAL_CORPORA, DataConfig, bpe_size
 from moejax.data.packing import open_tokenizer, packed, packed_directory, tokenizer_directory
 from moejax.data.prepared import EXPORTED, open_corpora

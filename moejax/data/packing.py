@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from moejax.data import storage
+from moejax import storage
 from moejax.data.config import bpe_size
 from moejax.data.prepared import Prepared
 from moejax.data.splits import SPLITS, TRAIN

@@ -15,7 +15,7 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moejax.data import storage
+from moejax import storage
 from moejax.data.config import LOCAL_CORPORA, DataConfig
 from moejax.data.corpora import SOURCES, STDLIB, Source, unit_hash
 from moejax.data.markov import MARKOV

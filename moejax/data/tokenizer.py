@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from moejax.data import storage
+from moejax import storage
 
 if TYPE_CHECKING:
     import tokenizers

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from moejax.storage import write_atomically
 
 from .archive import archived
 from .cells import Table, jsonable, markdown, terminal
@@ -90,20 +90,6 @@ def provenance(results: Results) -> dict[str, str]:
         "finished runs": f"{len(results.runs)} of {len(results.runs) + len(results.incomplete)}",
     }
     return {key: value for key, value in info.items() if value}
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the target, then rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _title(results: Results) -> str:

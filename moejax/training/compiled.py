@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from moejax.data import storage
+from moejax import storage
 
 
 def keep_compiled() -> None:

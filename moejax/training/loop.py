@@ -18,8 +18,8 @@ import jax
 
 from moejax.config import Config
 from moejax.data import TextDataset, open_dataset
-from moejax.data.storage import digest
 from moejax.sharding import check_batch, make_mesh
+from moejax.storage import digest
 from moejax.training import settling
 from moejax.training.checkpoint import (
     Checkpoints,
