@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import moejax
+from moejax.dispatch.kept import SOURCES
 
 PACKAGE = pathlib.Path(moejax.__file__).parent
 ROOT = PACKAGE.parent
@@ -82,6 +83,13 @@ def test_dispatch_knows_routing_and_nothing_above() -> None:
     assert not offenders("moejax.dispatch", "flax", "optax", "ml_collections")
     mine = ("dispatch", "routing", "names", "sharding", "storage")
     assert not offenders("moejax.dispatch", "moejax", allowed=tuple(f"moejax.{m}" for m in mine))
+
+
+def test_a_kept_choice_counts_every_file_that_it_hangs_on() -> None:
+    files = [f"moejax.dispatch.{name}" for name in SOURCES]
+    assert "moejax.dispatch.grouped" in files
+    for file in files:
+        assert not offenders(file, "moejax", allowed=(*files, "moejax.storage"))
 
 
 def test_the_spine_knows_routing_and_dispatch_only() -> None:

@@ -51,7 +51,7 @@ def choose(platform: str, buffers: bool = False, sizes: Sizes = trial.USUAL) -> 
     Args:
       platform: as in `jax.default_backend()`, of the devices that it is compiled for.
       buffers: for rows [E, C, D] instead of sorted ones [N, D].
-      sizes: on a GPU, of the experts that it is measured on.
+      sizes: on a GPU, of the experts that it is measured on, once: `kept` has it afterwards.
     """
     if platform == "cpu":
         if buffers:

@@ -14,10 +14,28 @@ class Choice(NamedTuple):
     why: str
 
 
+class Measured(NamedTuple):
+    """The fastest of several implementations.
+
+    Attributes:
+      name: its name.
+      told: the time of each, and who failed and why.
+      lasting: False where memory was short: who failed for that may run another time.
+    """
+
+    name: str
+    told: str
+    lasting: bool = True
+
+    def choice(self, day: str = "") -> Choice:
+        """day: of an earlier measurement."""
+        return Choice(self.name, f"the fastest measured here{day and f' on {day}'}: {self.told}")
+
+
 def fastest(
     runs: Mapping[str, Callable[[], Any]], check: Callable[[Any], None], repeats: int = 3
-) -> Choice:
-    """The fastest of some functions; the reason holds the time of each, and who failed and why.
+) -> Measured:
+    """The fastest of some functions whose results are right.
 
     Args:
       runs: the functions, by name.
@@ -27,24 +45,32 @@ def fastest(
     Raises:
       RuntimeError: all of them fail.
     """
-    seconds, failed = {}, []
+    seconds, failed, lasting = {}, [], True
     for name, run in runs.items():
         try:
             check(jax.block_until_ready(run()))  # compiles
             seconds[name] = _best(run, repeats)
         except Exception as error:  # whatever a kernel library says: it is not for this machine
             failed.append(f"{name} failed: {reason(error)}")
+            lasting = lasting and not _memory_was_short(error)
     if not seconds:
         raise RuntimeError(f"no implementation runs here: {'; '.join(failed)}")
     told = [f"{name} {1e3 * best:.2f} ms" for name, best in seconds.items()]
     chosen = min(seconds, key=lambda name: seconds[name])
-    return Choice(chosen, f"the fastest measured here: {'; '.join([*told, *failed])}")
+    return Measured(chosen, "; ".join([*told, *failed]), lasting)
 
 
 def reason(error: Exception) -> str:
     """In one short line."""
     first = next(filter(str.strip, str(error).splitlines()), type(error).__name__)
     return first.strip()[:200]
+
+
+def _memory_was_short(error: Exception) -> bool:
+    # XLA's status, and what CUDA says inside another one.
+    text = str(error).upper().replace("_", " ")
+    signs = "RESOURCE EXHAUSTED", "OUT OF MEMORY"
+    return isinstance(error, MemoryError) or any(sign in text for sign in signs)
 
 
 def _best(run: Callable[[], Any], repeats: int) -> float:

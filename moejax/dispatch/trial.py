@@ -1,5 +1,5 @@
 """Which grouped products a GPU gets: each is run once on experts of the layer's sizes, checked and
-timed, and what was found is kept as long as the process lives."""
+timed, and what was found is kept, for later processes too."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moejax.dispatch.measured import Choice, fastest, reason
+from moejax.dispatch import kept
+from moejax.dispatch.measured import Choice, Measured, fastest, reason
 
 TOLERANCE = 0.02  # of norms: bfloat16 is off by 0.005, a row of another expert by 1
 NARROW = 128
@@ -44,7 +45,8 @@ USUAL = Sizes(8, 1024, 1024, "bfloat16")
 @cache
 def on_gpu(sizes: Sizes, among: tuple[tuple[str, Any], ...]) -> Choice:
     """The fastest of some implementations on this process's GPU whose numbers are right; the first
-    where nothing can be measured. The reason has the times, or why there are none."""
+    where nothing can be measured. The reason has the times, and the day if an earlier process
+    measured them; or why there are none."""
     own = among[0][0]
     if jax.default_backend() not in ("gpu", "cuda", "rocm"):
         return Choice(own, f"{OWN}; no GPU is here to measure others on")
@@ -54,16 +56,26 @@ def on_gpu(sizes: Sizes, among: tuple[tuple[str, Any], ...]) -> Choice:
         return Choice(own, f"{OWN}; networks narrower than {NARROW} are not worth a trial")
     # A layer may be being traced, inside meshes and scopes: another thread knows nothing of that.
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_measure, sizes, among).result()
+        return thread.submit(_kept_or_measured, sizes, among).result()
 
 
-def _measure(sizes: Sizes, among: tuple[tuple[str, Any], ...]) -> Choice:
+def _kept_or_measured(sizes: Sizes, among: tuple[tuple[str, Any], ...]) -> Choice:
+    key = kept.key_of(sizes._asdict(), [name for name, _ in among])
+    if earlier := kept.read(key):
+        return earlier
     try:
-        arguments = _arguments(sizes)
-        runs = {name: partial(_jitted(made), *arguments) for name, made in among}
-        return fastest(runs, partial(_check, arguments))
+        measured = _measure(sizes, among)
     except Exception as error:  # most likely no memory is left for a trial
         return Choice(among[0][0], f"{OWN}; nothing could be measured: {reason(error)}")
+    if measured.lasting:
+        kept.write(key, measured)
+    return measured.choice()
+
+
+def _measure(sizes: Sizes, among: tuple[tuple[str, Any], ...]) -> Measured:
+    arguments = _arguments(sizes)
+    runs = {name: partial(_jitted(made), *arguments) for name, made in among}
+    return fastest(runs, partial(_check, arguments))
 
 
 def _arguments(sizes: Sizes) -> tuple[Any, ...]:

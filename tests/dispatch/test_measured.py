@@ -9,7 +9,7 @@ import pytest
 
 from moejax.dispatch import grouped, trial
 from moejax.dispatch.grouped import IMPLEMENTATIONS, Implementation
-from moejax.dispatch.measured import fastest
+from moejax.dispatch.measured import Measured, fastest
 
 SIZES = trial.Sizes(4, 128, 128, "float32")
 RAGGED = IMPLEMENTATIONS["ragged_dot"]
@@ -32,9 +32,9 @@ def right(result):
 def test_the_fastest_that_runs_and_is_right_is_chosen_and_says_why():
     runs = {"slow": slow, "quick": lambda: jnp.ones(1), "refuses": refuses}
     runs["wrong"] = lambda: jnp.zeros(1)
-    name, why = fastest(runs, right)
-    assert name == "quick" and "slow 2" in why and "quick 0" in why
-    assert why.endswith("refuses failed: sm_100 only; wrong failed: off by 1")
+    name, told, _ = fastest(runs, right)
+    assert name == "quick" and told.startswith("slow 2") and "; quick 0" in told
+    assert told.endswith("refuses failed: sm_100 only; wrong failed: off by 1")
     assert fastest({"refuses": refuses, "slow": slow}, right).name == "slow"
     with pytest.raises(RuntimeError, match="no implementation runs here: refuses failed: sm_100"):
         fastest({"refuses": refuses}, right)
@@ -49,12 +49,6 @@ def other(forward=lambda y: y, backward=lambda grads: grads, seconds=0.0):
         return forward(y), residuals
 
     return Implementation(forwards, lambda *args: backward(RAGGED.backward(*args)))
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """A machine with one GPU, as far as one asks it."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
 
 def swapped(grads):
@@ -88,20 +82,18 @@ def test_it_is_measured_once_for_sizes_also_while_a_layer_is_traced(gpu, monkeyp
 
     def measured(sizes, among):
         tried.append((sizes.varying, tuple(name for name, _ in among)))
-        return "found"
+        return Measured("found", "in no time")
 
     monkeypatch.setattr(trial, "_measure", measured)
 
     @jax.jit
     def layer(x):
-        assert grouped.choose("cuda", sizes=SIZES) == "found"
+        assert grouped.choose("cuda", sizes=SIZES).name == "found"
         return x
 
-    trial.on_gpu.cache_clear()
     layer(jnp.ones(1))
     layer(jnp.ones(2))
     grouped.choose("cuda", sizes=SIZES._replace(varying=True))
-    trial.on_gpu.cache_clear()
     every = ("ragged_dot", "blocks", "hopper", "tokamax")
     assert tried == [(False, every), (True, every[:2])]
 
@@ -134,4 +126,3 @@ def test_where_nothing_can_be_measured_it_is_the_compilers(gpu, monkeypatch):
     assert "processes that measure may not agree" in found()
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert "no GPU is here to measure others on" in found()
-    trial.on_gpu.cache_clear()
