@@ -27,8 +27,7 @@ NOWHERE = (OSError, RuntimeError)
 
 
 def key_of(sizes: dict[str, Any], among: Sequence[str]) -> dict[str, Any]:
-    """All that a choice among some implementations depends on, JSON-able. To be made in the thread
-    that measures: JAX's settings are a thread's own."""
+    """All that a choice among some implementations depends on, JSON-able."""
     device = jax.devices()[0]
     return {
         "sizes": sizes,
@@ -37,7 +36,7 @@ def key_of(sizes: dict[str, Any], among: Sequence[str]) -> dict[str, Any]:
         "platform": device.client.platform_version,
         "versions": {package: _version(package) for package in ("jax", "jaxlib", "tokamax")},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "precision": jax.config.jax_default_matmul_precision,
+        "precision": jax.config.values["jax_default_matmul_precision"],
         "source": storage.digest([(FOLDER / f"{name}.py").read_text() for name in SOURCES]),
     }
 
