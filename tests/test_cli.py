@@ -1,7 +1,9 @@
 """The command line: bad input is one line, exit code 2, and nothing written; comparisons go on."""
 
+import contextlib
 import importlib
 import importlib.util
+import io
 import json
 import shutil
 import sys
@@ -72,23 +74,28 @@ def forget_flags():
             delattr(known, name)
 
 
-@pytest.fixture
-def moejax(monkeypatch, capsys):
+@pytest.fixture(scope="session")
+def moejax():
     """`moejax VERB ...` in this process: exit code, standard output, standard error."""
 
     def call(*argv):
         forget_flags()
-        monkeypatch.setattr(sys, "path", [*sys.path])
-        monkeypatch.setattr(sys, "argv", ["moejax", *map(str, argv)])
-        capsys.readouterr()
-        if argv and argv[0] in cli.VERBS:
-            name = cli.module_of(argv[0])
-            for module in ("moejax.meeting", name):
-                if module in sys.modules:
-                    importlib.reload(sys.modules[module])
-        with pytest.raises(SystemExit) as caught:
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as caught,
+        ):
+            patch.setattr(sys, "path", [*sys.path])
+            patch.setattr(sys, "argv", ["moejax", *map(str, argv)])
+            if argv and argv[0] in cli.VERBS:
+                name = cli.module_of(argv[0])
+                for module in ("moejax.meeting", name):
+                    if module in sys.modules:
+                        importlib.reload(sys.modules[module])
             cli.main()
-        return caught.value.code, *capsys.readouterr()
+        return caught.value.code, out.getvalue(), err.getvalue()
 
     return call
 
@@ -236,16 +243,24 @@ def finished(out):
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    return tmp_path_factory.mktemp("compare") / "out"
+def compared(moejax, experiment, tmp_path_factory):
+    """The folder of a comparison that has ended, and what it said."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    code, text, err = moejax("compare", experiment, f"--out={out}")
+    assert code == 0, err
+    return out, text
+
+
+@pytest.fixture(scope="module")
+def out(compared):
+    return compared[0]
 
 
 RUNS = ["dense/seed0", "dense/seed1", "switch/seed0", "switch/seed1"]
 
 
-def test_compare_ends_in_a_report_and_again_trains_nothing(moejax, experiment, out):
-    code, text, err = moejax("compare", experiment, f"--out={out}")
-    assert code == 0, err
+def test_compare_ends_in_a_report_and_again_trains_nothing(moejax, experiment, compared):
+    out, text = compared
     first = finished(out)
     assert list(first) == RUNS
     assert {tuple(steps) for _, steps in first.values()} == {(2, 4)}
