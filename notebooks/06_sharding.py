@@ -33,9 +33,7 @@ from flax import nnx
 from moejax import MoE
 from moejax.config import Config, MeshConfig, ModelConfig, MoeConfig, default_config
 from moejax.data import open_dataset
-from moejax.planning.collectives import collectives, summary
-from moejax.planning.hlo import parse
-from moejax.planning.loops import runs
+from moejax.planning.collectives import between_devices, summary
 from moejax.sharding import batch_sharding, make_mesh, param_shardings
 from moejax.training.program import build_program
 
@@ -136,14 +134,8 @@ assert (np.asarray(stats.dropped_K) == np.asarray(alone_stats.dropped_K)).all()
 # two more for the gradients. What is left are sums: of the statistics, and of the gradients of what
 # several devices hold.
 
-
 # %%
-def moved(compiled, mesh) -> list[dict]:
-    module = parse(compiled.as_text())
-    return summary(collectives(module, runs(module), dict(mesh.shape)))
-
-
-rows = moved(compiled, mesh)
+rows = summary(between_devices(compiled, mesh))
 for row in rows:
     print(
         f"{row['kind']:<12} along {row['axes']:<12} {row['pass']:<9} "
@@ -212,7 +204,7 @@ for axis in ("data", "fsdp", "expert", "tensor"):
     shapes = jax.tree.map(lambda a, s: np.prod(s.shard_shape(a.shape)), big_weights, where)
     held[axis] = 4 * sum(jax.tree.leaves(shapes)) / 2**20
     sent[axis] = {}
-    for row in moved(compiled, mesh):
+    for row in summary(between_devices(compiled, mesh)):
         sent[axis][row["kind"]] = sent[axis].get(row["kind"], 0) + row["bytes"] / 2**20
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")

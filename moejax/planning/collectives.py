@@ -6,9 +6,11 @@ import re
 from typing import NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
+from jax.stages import Compiled
 
-from moejax.planning.hlo import Instruction, Module
-from moejax.planning.loops import Runs
+from moejax.planning.hlo import Instruction, Module, parse
+from moejax.planning.loops import Runs, runs
 
 KINDS = (
     "all-gather",
@@ -45,11 +47,17 @@ class Collective(NamedTuple):
     op_name: str
 
 
-def collectives(module: Module, runs: Runs, mesh: dict[str, int]) -> list[Collective]:
+def between_devices(compiled: Compiled, mesh: Mesh) -> list[Collective]:
+    """What a compiled program sends between the devices of the mesh that it was compiled for."""
+    module = parse(compiled.as_text() or "")
+    return collectives(module, runs(module), dict(mesh.shape))
+
+
+def collectives(module: Module, times: Runs, mesh: dict[str, int]) -> list[Collective]:
     """All between more than one device. `mesh`: axis -> size, in the order of the devices."""
     found = []
     callers = _callers(module)
-    for name, times in runs.times.items():
+    for name, calls in times.times.items():
         for instruction in module.computations[name].values():
             kind = instruction.opcode.removesuffix("-start")
             if kind not in KINDS:
@@ -66,7 +74,7 @@ def collectives(module: Module, runs: Runs, mesh: dict[str, int]) -> list[Collec
                     axes=axes_of(group, mesh),
                     group=group,
                     bytes=_bytes(module, name, instruction, kind, len(group)),
-                    times=times,
+                    times=calls,
                     backward="transpose(" in op_name,
                     op_name=op_name,
                 )

@@ -13,9 +13,7 @@ from jax.sharding import PartitionSpec as P
 from moejax.config import MeshConfig
 from moejax.dispatch import Experts, Shared
 from moejax.moe import MoeOptions, MoeParams, moe
-from moejax.planning.collectives import collectives
-from moejax.planning.hlo import parse
-from moejax.planning.loops import runs
+from moejax.planning.collectives import between_devices
 from moejax.routing import (
     ROUTERS,
     LayerSize,
@@ -193,9 +191,8 @@ SWITCH = {
 
 def talk(name: str, mesh: str) -> list[tuple[str, str, int]]:
     """Every collective between devices: kind, axes, bytes."""
-    module = parse(compiled_layer(name, MESHES[mesh])[0].as_text())
-    sizes = {axis: getattr(MESHES[mesh], axis) for axis in ("data", "fsdp", "expert", "tensor")}
-    return [(c.kind, c.axes, c.bytes) for c in collectives(module, runs(module), sizes)]
+    compiled, (_, tokens, _) = compiled_layer(name, MESHES[mesh])
+    return [(c.kind, c.axes, c.bytes) for c in between_devices(compiled, tokens.mesh)]
 
 
 def test_the_budget_of_collectives() -> None:

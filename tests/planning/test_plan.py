@@ -13,7 +13,7 @@ from moejax.dispatch import BATCH_AXES, Experts, Shared, grouped_ffn
 from moejax.moe import MoeOptions, MoeParams, moe
 from moejax.planning import show, topology
 from moejax.planning.chips import parse_topology
-from moejax.planning.collectives import collectives
+from moejax.planning.collectives import between_devices
 from moejax.planning.flops import count_flops
 from moejax.planning.hlo import parse
 from moejax.planning.loops import runs
@@ -182,7 +182,7 @@ DIM, ROWS = 512, 1024  # of the layer; rows of each of eight devices
 
 @pytest.fixture(scope="module")
 def dropless_layer():
-    """The text of a layer with shared experts, forward and backward, as training compiles it."""
+    """A layer with shared experts, forward and backward, as training compiles it; and its mesh."""
     mesh = make_mesh(CONFIG.mesh, topology_devices(EIGHT))
     options = MoeOptions(make_router("topk"), "dropless")
 
@@ -206,14 +206,12 @@ def dropless_layer():
         x_BSD = lies((8, ROWS, DIM), BATCH_AXES)
         lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(p, x_BSD)
         flags = dict(flag.removeprefix("--").split("=") for flag in TPU_FLAGS)
-        return lowered.compile(compiler_options=flags).as_text()
+        return lowered.compile(compiler_options=flags), mesh
 
 
 def test_dropless_rows_travel_in_ragged_exchanges(dropless_layer):
     """Two of rows forward and two backward; nobody gathers the rows of others."""
-    module = parse(dropless_layer)
-    mesh = {"data": 1, "fsdp": 1, "expert": 8, "tensor": 1}
-    found = collectives(module, runs(module), mesh)
+    found = between_devices(*dropless_layer)
     ragged = [c for c in found if c.kind == "ragged-all-to-all"]
     assert sorted(c.backward for c in ragged) == [False, False, True, True]
     # What else is exchanged is counts: less than one device's rows. (Gradients are added up.)
@@ -225,7 +223,8 @@ def test_shared_experts_work_while_rows_travel(dropless_layer):
     """In the scheduled program their products stand between the start of an exchange and its end:
     the hidden rows on the way there, the outputs on the way back, and backward alike."""
     beside, under_way = [], None
-    for line in dropless_layer[dropless_layer.index("\nENTRY") :].splitlines():
+    text = dropless_layer[0].as_text()
+    for line in text[text.index("\nENTRY") :].splitlines():
         if " ragged-all-to-all-start(" in line:
             under_way = 0
         elif " ragged-all-to-all-done(" in line:
