@@ -83,9 +83,9 @@ def cost(
     which_L: Sequence[int],
 ) -> float:
     """Bits per byte of batches on the devices, each MoE layer without what `Without.which` says."""
-    ablated = Without(np.array(which_L, np.int32), state.router_state)
-    step, state = program.eval_without, state._replace(router_state=ablated)
-    sums = total(step, state, batches, bytes_V)
+    which: Any = np.array(which_L, np.int32)  # not an array on this process's devices alone
+    state = state._replace(router_state=Without(which, state.router_state))
+    sums = total(program.eval_without, state, batches, bytes_V)
     return bits_per_byte(sums.nll_domain.sum(), sums.bytes_domain.sum())
 
 
