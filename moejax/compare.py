@@ -17,9 +17,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -27,6 +27,9 @@ from ml_collections import ConfigDict
 from moejax import cli, meeting
 from moejax.config import Config, override
 from moejax.reporting import Results, Suite, load, write_report
+
+if TYPE_CHECKING:
+    from moejax.training.pace import Pace
 
 OUT = flags.DEFINE_string("out", None, "output folder; default runs/EXPERIMENT/SCALE")
 VARIANTS = flags.DEFINE_list("variants", [], "only these variants")
@@ -56,16 +59,17 @@ def main(arguments: list[str]) -> int:
         trials = {name: c for name, c in trials.items() if name.split("/")[1] not in rates}
     from moejax.training.loop import Stopped
     from moejax.training.meter import NonFiniteLoss
+    from moejax.training.pace import Pace
     from moejax.training.processes import first, meet
 
     meeting.meet()
     described = {**suite.to_json(), "experiment": f"{path}:{scale}"}
     described["command"] = " ".join(["moejax compare", f"{path}:{scale}", *changes(sys.argv)])
     described["note"] = NOTE.value
-    waiting = claim_all(trials, out) if trials else {}
+    waiting, pace = claim_all(trials, out) if trials else {}, Pace()
     try:
         if trials:
-            train_all(waiting, out, may_diverge=True)
+            train_all(waiting, out, pace, unseen(configs, out, have), may_diverge=True)
             meet()  # the last summary is written
             rates |= best_rates(trials, out)
         if rates:
@@ -73,7 +77,7 @@ def main(arguments: list[str]) -> int:
             configs = {name: at_rate(c, rates[name.split("/")[0]]) for name, c in configs.items()}
         waiting = claim_all(lacking(configs, have), out)
         first(describe, out, described)
-        train_all(waiting, out)
+        train_all(waiting, out, pace)
     except Stopped as stop:
         first(print, f"{stop}; so does the comparison", file=sys.stderr)
         return 0
@@ -220,6 +224,16 @@ def lacking(configs: Mapping[str, Config], have: Results | None) -> dict[str, Co
     return {name: config for name, config in configs.items() if name not in there}
 
 
+def unseen(configs: Mapping[str, Config], out: Path, have: Results | None) -> list[Config]:
+    """Those that neither the folder nor earlier reports hold, at whatever learning rate."""
+    there = {run.name for run in have.runs} if have is not None else set()
+    return [
+        config
+        for name, config in configs.items()
+        if name not in there and not (out / name / "summary.json").exists()
+    ]
+
+
 def at_rate(config: Config, rate: Mapping[str, Any]) -> Config:
     """The config at rate["best"] times its learning rate."""
     own = config.optimizer
@@ -285,23 +299,33 @@ def unfinished(configs: Mapping[str, Config], out: Path) -> dict[str, Config]:
     return {name: config for name, config in configs.items() if name not in finished}
 
 
-def train_all(configs: Mapping[str, Config], out: Path, may_diverge: bool = False) -> None:
-    """Train them in order, with the time left for all."""
+def train_all(
+    configs: Mapping[str, Config],
+    out: Path,
+    pace: "Pace",
+    later: Iterable[Config] = (),
+    may_diverge: bool = False,
+) -> None:
+    """Train them in order, and say how long they and those that come `later` will still take."""
     from moejax.training.loop import train
     from moejax.training.meter import NonFiniteLoss
     from moejax.training.processes import first
 
-    started = time.perf_counter()
+    left = [*configs.values(), *later]
     for done, (name, config) in enumerate(configs.items()):
-        seconds = time.perf_counter() - started
-        left = f", {seconds / done * (len(configs) - done):.0f} s left in all" if done else ""
-        line = f"[{done + 1}/{len(configs)}] {name}{left}"
+        seconds = pace.left(left[done:])
+        told = "" if seconds is None else f", {seconds:.0f} s left in all"
+        line = f"[{done + 1}/{len(configs)}] {name}{told}"
         first(print, line, file=sys.stderr, flush=True)
+        started = time.perf_counter()
         try:
-            train(config, out / name, label=name)
+            summary = train(config, out / name, label=name)
         except NonFiniteLoss:
             if not may_diverge:
                 raise
+        else:
+            if summary:  # of the process that writes, and speaks
+                pace.took(config, time.perf_counter() - started, summary["seconds"])
 
 
 if __name__ == "__main__":

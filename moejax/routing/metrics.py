@@ -5,7 +5,7 @@ up to those of the whole batch. Balance losses and router-state updates are func
 that is why they do not depend on how a batch was cut.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +149,7 @@ def normalised_entropy(load_E: jax.Array) -> jax.Array:
     return entropy / jnp.log(max(2, load_E.shape[-1]))
 
 
-def figures(stats: MoeStats) -> dict[str, jax.Array]:
+def figures(stats: MoeStats) -> dict[str, Any]:
     """The figures that a training log shows, from statistics with a leading layer axis [L, ...].
 
     Returns:
