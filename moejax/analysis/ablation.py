@@ -1,4 +1,4 @@
-"""A router that does without one expert of each token: how much does the best one matter?"""
+"""A router that does without some experts of each token: how much do the best ones matter?"""
 
 from typing import Any, NamedTuple
 
@@ -12,12 +12,18 @@ NOTHING, CHOSEN, OTHER = -1, -2, -3  # beside ranks of choice, 0 = the best
 _LOW = -1e9  # of a logit that no score is left of; finite, for routers that compute with logits
 
 
+def best(count: int) -> int:
+    """For `Without.which`: the `count` best experts of each token."""
+    return OTHER - count
+
+
 class Without(NamedTuple):
     """The state of an ablated router in one layer.
 
     Attributes:
       which: int32. A rank: the token's expert of that rank is taken away; NOTHING: none; CHOSEN: a
-        random one of those it has; OTHER: a random one of those it has not.
+        random one of those it has; OTHER: a random one of those it has not; best(n): its n best,
+        those it has in the order of their ranks, and then the others by falling score.
       own: the router's own state.
     """
 
@@ -26,10 +32,10 @@ class Without(NamedTuple):
 
 
 def ablated(router: Router) -> Router:
-    """The router, asked again without one expert of each token, as its state says (`Without`).
+    """The router, asked again without some experts of each token, as its state says (`Without`).
 
-    The expert's logit is masked for this token and the router chooses anew, so the token has as
-    many experts as before (DeepSeekMoE, Dai et al. 2024, 2401.06066, section 4.5). Where the router
+    Their logits are masked for this token and the router chooses anew, so the token has as many
+    experts as before (DeepSeekMoE, Dai et al. 2024, 2401.06066, section 4.5). Where the router
     insists, by a table or by a bias, the assignment is taken out, and the token has one less. A
     token that has no expert of the rank keeps what it has.
     """
@@ -37,10 +43,9 @@ def ablated(router: Router) -> Router:
     def route(r: RouterInput) -> Routing:
         without, num_experts = r.state, r.logits_TE.shape[-1]
         r = r._replace(state=without.own)
-        gone_T = _gone(router.route(r), without.which)
-        masked_TE = jnp.arange(num_experts)[None] == gone_T[:, None]
-        routing = router.route(r._replace(logits_TE=jnp.where(masked_TE, _LOW, r.logits_TE)))
-        insists_N = routing.expert_N == gone_T[routing.token_N]
+        gone_TE = _gone(router.route(r), without.which)
+        routing = router.route(r._replace(logits_TE=jnp.where(gone_TE, _LOW, r.logits_TE)))
+        insists_N = gone_TE.at[routing.token_N, routing.expert_N].get(mode="fill", fill_value=False)
         return routing._replace(
             expert_N=jnp.where(insists_N, num_experts, routing.expert_N),
             weight_N=jnp.where(insists_N, 0.0, routing.weight_N),
@@ -50,18 +55,26 @@ def ablated(router: Router) -> Router:
 
 
 def _gone(routing: Routing, which: jax.Array) -> jax.Array:
-    """The expert that each token does without, int32 [T]; E = none."""
-    num_experts = routing.scores_TE.shape[-1]
+    """The experts that each token does without, bool [T, E]."""
+    num_tokens, num_experts = routing.scores_TE.shape
     nothing_dropped_N = jnp.ones_like(routing.token_N, bool)
-    expert_TR = decisions(routing, nothing_dropped_N).expert_TR
-    chosen_TE = (expert_TR[:, :, None] == jnp.arange(num_experts)[None, None]).any(1)
+    expert_TR = decisions(routing, nothing_dropped_N).expert_TR  # R = E
+    token_T1, expert_1E = jnp.arange(num_tokens)[:, None], jnp.arange(num_experts)[None]
+    nobody_TE = jnp.full((num_tokens, num_experts), num_experts)
+    rank_TE = nobody_TE.at[token_T1, expert_TR].set(expert_1E, mode="drop")
+    chosen_TE = rank_TE < num_experts
+    place_TE = jnp.lexsort((-routing.scores_TE, rank_TE)).argsort(-1)
     # Without noise for the router there is no key: the same draw for every group of tokens.
-    draw_TE = jax.random.uniform(jax.random.key(0), chosen_TE.shape)
+    draw_TE = jax.random.uniform(jax.random.key(0), rank_TE.shape)
 
     def drawn(from_TE: jax.Array) -> jax.Array:
-        best_T = jnp.where(from_TE, draw_TE, -1.0).argmax(-1)
-        return jnp.where(from_TE.any(-1), best_T, num_experts)
+        best_T1 = jnp.where(from_TE, draw_TE, -1.0).argmax(-1, keepdims=True)
+        return from_TE & (expert_1E == best_T1)
 
-    ranked_T = jnp.take(expert_TR, jnp.clip(which, 0, num_experts - 1), axis=1)
-    others_T = jnp.where(which == CHOSEN, drawn(chosen_TE), drawn(~chosen_TE))
-    return jnp.where(which >= 0, ranked_T, jnp.where(which == NOTHING, num_experts, others_T))
+    # Each is empty but for its own values of `which`: no rank and no place is negative.
+    return (
+        (chosen_TE & (rank_TE == which))
+        | ((which == CHOSEN) & drawn(chosen_TE))
+        | ((which == OTHER) & drawn(~chosen_TE))
+        | (place_TE < best(0) - which)
+    )

@@ -109,6 +109,11 @@ class Config:
                 )
             kept = self.train.trace_every or self.train.replay
             require(not kept, f"moe.slots={moe.slots} (Soft MoE) has no routing to trace or replay")
+            require(
+                not self.train.eval_without,
+                f"train.eval_without=True asks routers, and moe.slots={moe.slots} (Soft MoE) has "
+                "none; leave it out",
+            )
             return
         for groups in {moe.groups, moe.evaluation().groups}:
             try:  # what the router or a balance loss refuses, is refused here

@@ -283,6 +283,8 @@ class TrainConfig:
       seed: of initialisation, data order and noise.
       log_every, eval_every, checkpoint_every: in steps; 0 = at the end only.
       eval_rows: validation sequences per evaluation; 0 = all.
+      eval_without: the last evaluation also counts what text costs without the shared experts, and
+        without each token's best ones: see `moejax.training.ablate`. Nothing where moe.experts=0.
       keep: checkpoints kept, besides the best one by validation bits per byte.
       collapse_share: the alarm: warn when one expert gets this share of its layer's tokens in three
         logged steps in a row.
@@ -302,6 +304,7 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 50
     eval_rows: int = 256
+    eval_without: bool = False
     checkpoint_every: int = 100
     keep: int = 2
     collapse_share: float = 0.9

@@ -4,7 +4,7 @@ trainer.
 
 from .claims import Claim, Verdict, all_of
 from .contrasts import contrast, falling, sees_later, steadier, under
-from .judges import at_most, less, positive, ratio_at_least, similar, sooner
+from .judges import at_most, less, over, positive, ratio_at_least, similar, sooner
 from .metrics import Difference, Either, Quotient, StepsTo, Window
 from .reading import load
 from .report import write_report
@@ -28,6 +28,7 @@ __all__ = [
     "falling",
     "less",
     "load",
+    "over",
     "positive",
     "ratio_at_least",
     "sees_later",

@@ -84,14 +84,19 @@ def ratio_at_least(
 
 def positive(metric: Metric, a: str) -> Judge:
     """a > 0, over its seeds."""
+    return over(metric, a, 0.0)
+
+
+def over(metric: Metric, a: str, bound: float) -> Judge:
+    """a > a number, over its seeds."""
 
     def judge(results: Results) -> Verdict:
         pairs = pair(results, metric, a, a)
         if pairs.reason:
             return unmeasured(pairs)
         d = estimate(pairs.values[0])
-        status = judged(-d.mean, d.half_width, 0.0)
-        return Verdict(status, *d, 0.0, f"{metric}: {a} {plus_minus(d)}, must be > 0")
+        status = judged(-d.mean, d.half_width, -bound)
+        return Verdict(status, *d, bound, f"{metric}: {a} {plus_minus(d)}, must be > {bound:g}")
 
     return judge
 

@@ -14,6 +14,7 @@ from moejax.routing.floors import drop_floor
 from .cells import Cell, Column, Table
 from .claims import Claim, Verdict
 from .fairness import config_differences
+from .metrics import Difference
 from .paired import estimate, standard_deviation
 from .results import Metric, Results, Run, lookup
 
@@ -27,6 +28,7 @@ def all_tables(results: Results, judged: Sequence[tuple[Claim, Verdict]]) -> lis
         loss_table(results),
         domain_table(results),
         routing_table(results),
+        without_table(results),
         size_table(results),
         speed_table(results),
         config_table(results),
@@ -120,6 +122,29 @@ def routing_table(results: Results) -> Table:
     return Table("routing", "Routing", columns, tuple(rows), notes).without_empty_columns()
 
 
+def without_table(results: Results) -> Table:
+    """Of runs with train.eval_without; no rows where there are none."""
+    names = keys_of(results, "eval.without")
+    columns = (
+        *(Column("variant"), Column("bpb", "bpb")),
+        *(Column(f"without {name.replace('_', ' ')}", "signed") for name in names),
+    )
+    rows = []
+    for variant, runs in results.finished():
+        more: list[Cell] = [
+            _spread(runs, Difference(f"eval.without.{name}", "eval.bpb")) for name in names
+        ]
+        if any(cell is not None for cell in more):
+            rows.append((label(variant, runs), _mean(runs, "eval.bpb"), *more))
+    notes = (
+        f"What {results.unit} rise by, ± sd over seeds, without training again. Shared: the shared "
+        "experts give nothing. Best 0.25: in every layer each token's best experts, a quarter of "
+        "all routed ones, are taken away, and the router chooses among the rest; where a table "
+        "decides, the token has fewer.",
+    )
+    return Table("without", "Doing without", columns, tuple(rows), notes)
+
+
 def size_table(results: Results) -> Table:
     columns = (
         *(Column("variant"), Column("total params", "si"), Column("active params", "si")),
@@ -176,9 +201,14 @@ def is_moe(run: Run) -> bool:
 
 def domains_of(results: Results) -> list[str]:
     """Domains that any finished run was evaluated on, in their first order."""
+    return keys_of(results, "eval.bpb_domain")
+
+
+def keys_of(results: Results, metric: str) -> list[str]:
+    """The names below a metric that any finished run has, in their first order."""
     found: dict[str, None] = {}
     for run in results.runs:
-        found.update(dict.fromkeys(lookup(run.summary, "eval.bpb_domain") or {}))
+        found.update(dict.fromkeys(lookup(run.summary, metric) or {}))
     return list(found)
 
 

@@ -34,13 +34,7 @@ def evaluate(
       domains. traced: the `Trace` of the first TRACED_TOKENS tokens. bpb_as_trained where training
       lets tokens compete in other groups.
     """
-    rows = config.train.eval_rows
-    batches = [
-        program.put(batch)
-        for batch in dataset.validation_batches(
-            batch=program.batch, limit_rows=rows, share=program.rows
-        )
-    ]
+    batches = evaluation_batches(config, program, dataset)
     sums = total(program.eval_step, state, batches, dataset.bytes_V)
     record: dict[str, Any] = {
         "bpb": bits_per_byte(sums.nll_domain.sum(), sums.bytes_domain.sum()),
@@ -70,6 +64,14 @@ def evaluate(
         pooled = total(program.eval_as_trained, state, batches, dataset.bytes_V)
         record["bpb_as_trained"] = bits_per_byte(pooled.nll_domain.sum(), pooled.bytes_domain.sum())
     return record
+
+
+def evaluation_batches(config: Config, program: Program, dataset: TextDataset) -> list[Batch]:
+    """The rows of an evaluation, on the devices."""
+    batches = dataset.validation_batches(
+        batch=program.batch, limit_rows=config.train.eval_rows, share=program.rows
+    )
+    return [program.put(batch) for batch in batches]
 
 
 def _by_domain(rows: RowLoads, domains: tuple[str, ...]) -> dict[str, Any]:

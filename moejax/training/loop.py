@@ -21,6 +21,7 @@ from moejax.data import TextDataset, open_dataset
 from moejax.sharding import check_batch, make_mesh
 from moejax.storage import digest
 from moejax.training import settling
+from moejax.training.ablate import without
 from moejax.training.checkpoint import (
     Checkpoints,
     check_claim,
@@ -192,6 +193,8 @@ class _Run:
     def evaluate(self, step: int) -> None:
         self.log(self.meter.flush())
         record = evaluate(self.config, self.program, self.state, self.dataset)
+        if self.config.train.eval_without and step == self.config.train.steps:
+            record |= without(self.config, self.program, self.state, self.dataset)
         traced = record.pop("traced", None)
         self.bpb = record["bpb"]
         self.records.write({"kind": "eval", "step": step, "seconds": self.meter.seconds, **record})

@@ -14,10 +14,11 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.stages import Lowered
 
+from moejax.analysis.ablation import ablated
 from moejax.config import Config, TrainConfig
 from moejax.data import Batch, DataConfig
 from moejax.model.size import Size, model_size
-from moejax.routing import Recorded
+from moejax.routing import Recorded, Router
 from moejax.sharding import batch_sharding, check_batch, local_rows, make_mesh
 from moejax.tracing.schema import index_dtype
 from moejax.training.optimizer import make_optimizer
@@ -35,6 +36,8 @@ class Program:
       train_step: (state, batch) -> (state, metrics); the old state's buffers are reused.
       eval_step: (params, router_state, batch, bytes_V) -> EvalSums, as evaluation routes.
       eval_as_trained: the same, routed in the groups of training; None where they are the same.
+      eval_without: as eval_step, the routers being `ablated`: router_state is a `Without` of all
+        MoE layers.
       abstract_state: shapes, dtypes and shardings of the state.
       batch: how many rows a global batch has.
       rows: those of them that this process brings; see `local_rows`.
@@ -46,6 +49,7 @@ class Program:
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
     eval_step: Callable[..., EvalSums]
     eval_as_trained: Callable[..., EvalSums] | None
+    eval_without: Callable[..., EvalSums]
     abstract_state: TrainState
     mesh: Mesh
     batch: int
@@ -168,14 +172,19 @@ def _build(
     evaluation, as_trained = _evaluations(config)
     everywhere = NamedSharding(mesh, P())
 
-    def evaluator(moe_config: Config) -> Callable[..., EvalSums]:
-        eval_graph = make_graph(moe_config, vocab_size)
-        step = functools.partial(eval_step, graph=eval_graph, domains=num_domains)
-        jitted = jax.jit(step, out_shardings=everywhere)
+    def evaluator(
+        moe_config: Config, change: Callable[[Router], Router] | None = None
+    ) -> Callable[..., EvalSums]:
+        @functools.cache  # made when it is first called: few programs need all of theirs
+        def jitted() -> Callable[..., EvalSums]:
+            eval_graph = make_graph(moe_config, vocab_size, change)
+            step = functools.partial(eval_step, graph=eval_graph, domains=num_domains)
+            return jax.jit(step, out_shardings=everywhere)
 
         def evaluate(*arguments: Any) -> EvalSums:
+            step = jitted()
             with jax.set_mesh(mesh):
-                return jitted(*arguments)
+                return step(*arguments)
 
         return evaluate
 
@@ -184,6 +193,7 @@ def _build(
         train_step=compiled,
         eval_step=evaluator(evaluation),
         eval_as_trained=evaluator(as_trained) if as_trained else None,
+        eval_without=evaluator(evaluation, ablated),
         abstract_state=laid.state,
         mesh=mesh,
         batch=config.data.batch,

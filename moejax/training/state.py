@@ -1,5 +1,6 @@
 """`TrainState`: everything a run is at one step, and all that a checkpoint holds. Born sharded."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.config import Config
-from moejax.model import Transformer
-from moejax.routing import LayerSize
+from moejax.model import MoE, Transformer
+from moejax.routing import LayerSize, Router
 from moejax.sharding import param_shardings, state_shardings
 
 
@@ -35,10 +36,16 @@ class TrainState(NamedTuple):
     router_state: Any
 
 
-def make_graph(config: Config, vocab_size: int) -> Any:
-    """The static side of the model: `nnx.merge(graph, params)` is the model with these
-    parameters."""
+def make_graph(
+    config: Config, vocab_size: int, change: Callable[[Router], Router] | None = None
+) -> Any:
+    """The static side of the model: `nnx.merge(graph, params)` is the model with these parameters,
+    its layers' routers changed if so told."""
     model = nnx.eval_shape(lambda: Transformer(config, vocab_size, nnx.Rngs(params=0)))
+    layers = [block.feed_forward for unit in model.stacks for block in unit.blocks]
+    for layer in layers:
+        if change is not None and isinstance(layer, MoE):
+            layer.options = layer.options._replace(router=change(layer.options.router))
     return nnx.split(model)[0]
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.analysis.ablation import CHOSEN, NOTHING, OTHER, Without, ablated
+from moejax.analysis.ablation import CHOSEN, NOTHING, OTHER, Without, ablated, best
 from moejax.routing import LayerSize, RouterInput, Routing, combine_TE, make_router
 
 # Descending in each row: experts 0 1 2 3, and 3 2 1 0.
@@ -36,6 +36,9 @@ def weights(name: str, which: int, logits_TE: jax.Array = LOGITS_TE, **options) 
         (1, [[0, 2], [1, 3]]),
         (2, [[0, 1], [2, 3]]),  # nobody has a third choice
         (OTHER, [[0, 1], [2, 3]]),  # not asked for anyway
+        (best(0), [[0, 1], [2, 3]]),
+        (best(1), [[1, 2], [1, 2]]),
+        (best(2), [[2, 3], [0, 1]]),
     ],
 )
 def test_who_works_without_one(which: int, chosen: list[list[int]]) -> None:
@@ -47,6 +50,21 @@ def test_who_works_without_one(which: int, chosen: list[list[int]]) -> None:
 def test_the_others_share_what_the_best_one_had() -> None:
     # Softmax over the rest: 0.3 / 0.6 and 0.2 / 0.6.
     np.testing.assert_allclose(weights("topk", 0, k=2)[0], [0, 1 / 2, 1 / 3, 0], rtol=1e-5)
+
+
+def test_the_best_are_those_chosen_and_then_the_others_by_score() -> None:
+    """The bias has chosen expert 3 for the first token, whose scores fall from 0 to 3."""
+    router = make_router("loss_free", {"k": 2})
+
+    def works(which: int) -> list[int]:
+        state = Without(jnp.int32(which), jnp.asarray([0.0, 0.0, 0.0, 9.0]))
+        r = RouterInput(LOGITS_TE[:1], jnp.ones(1, bool), None, state)
+        return np.flatnonzero(combine_TE(ablated(router).route(r))[0]).tolist()
+
+    assert works(NOTHING) == [0, 3]
+    # Asked again, it insists on 3, which is taken out: one expert is left.
+    assert [works(best(count)) for count in (1, 2, 3, 4)] == [[1, 3], [1], [2], []]
+    assert works(1) == [0]
 
 
 def test_a_random_choice_is_one_of_the_tokens_own() -> None:

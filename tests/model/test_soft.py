@@ -137,6 +137,7 @@ def test_config_knows_what_it_is() -> None:
         "needs moe.experts above 0": {"moe__experts": 0},
         "balance.router_z=0.1 must be 0": {"balance__router_z": 0.1},
         "moe.jitter=0.1 must be left out": {"moe__jitter": 0.1},
+        "train.eval_without=True asks routers": {"train__eval_without": True},
     }.items():
         with pytest.raises(ValueError, match=message if message != "drops" else "no capacity"):
             soft_config(**changes)

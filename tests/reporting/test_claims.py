@@ -16,6 +16,7 @@ from moejax.reporting import (
     at_most,
     less,
     load,
+    over,
     positive,
     ratio_at_least,
     similar,
@@ -118,6 +119,9 @@ def test_positive_by_hand(results: Results) -> None:
     assert verdict.effect == pytest.approx(0.15)
     falling = positive(Difference("eval.bpb_as_trained", "eval.bpb"), "expert_choice")
     assert falling(results).status == "not held"
+    found = [over("eval.leak", "expert_choice", bound)(results) for bound in (0.13, 0.14, 0.17)]
+    assert [v.status for v in found] == ["held", "inconclusive", "not held"]
+    assert "must be > 0.13" in found[0].text
 
 
 def test_difference_of_two_metrics_of_a_run(results: Results) -> None:

@@ -10,18 +10,24 @@ from moejax.analyzing.write import write_analysis
 from moejax.tracing import Part, TraceWriter
 from moejax.training.evaluate import evaluate
 from moejax.training.loop import train
+from moejax.training.records import read_records
 from moejax.training.saved import open_run
 from moejax.training.traced import trace_meta, traces
 from tests import tiny
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """Three checkpoints. The config of `finished`, but for the saving: no program is compiled
-    anew."""
-    saving = {"log_every": 6, "eval_every": 12, "checkpoint_every": 4, "keep": 3}
+def config():
+    """That of `finished`, but for the saving: no training step is compiled anew."""
+    saving = {"log_every": 6, "eval_every": 6, "checkpoint_every": 4, "keep": 3}
+    return tiny.tiny(router=tiny.LOSS_FREE, train={**saving, "eval_without": True})
+
+
+@pytest.fixture(scope="module")
+def workdir(config, tmp_path_factory):
+    """Three checkpoints."""
     workdir = tmp_path_factory.mktemp("analysed") / "run"
-    train(tiny.tiny(router=tiny.LOSS_FREE, train=saving), workdir, quiet=True)
+    train(config, workdir, quiet=True)
     return workdir
 
 
@@ -58,6 +64,16 @@ def test_an_expert_that_a_token_has_is_missed_and_no_other(found):
     assert (np.abs(np.array(costs) - ablation["whole"]) > 1e-6).all()
     # In one layer alone is not what it is in both, nor in the other.
     assert len(set(np.round(costs[:4], 6))) == 4
+
+
+def test_the_runs_last_evaluation_recorded_the_same(config, workdir, found):
+    first, last = (r for r in read_records(workdir / "metrics.jsonl") if r["kind"] == "eval")
+    assert "without" not in first
+    # Of 4 experts a quarter is one; 1/16 and 1/8 are none, and none is shared.
+    assert last["without"] == pytest.approx({"best_0.25": found.ablation["rank"][0]}, rel=1e-6)
+    # The same command again, when nothing is left to do.
+    (workdir / "summary.json").unlink()
+    assert train(config, workdir, quiet=True)["eval"] == last
 
 
 def test_earlier_checkpoints_are_compared_with_the_analysed_one(workdir, found):
