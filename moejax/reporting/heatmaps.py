@@ -26,7 +26,9 @@ def load_figure(results: Results) -> Figure | None:
         assert load_LE is not None
         image = heat(panel, fair_share(load_LE))
         name_axes(panel, variant, "expert", "MoE layer")
-        panel.set_yticks(range(0, len(load_LE), math.ceil(len(load_LE) / 8)))
+        layers, experts = load_LE.shape
+        panel.set_yticks(range(0, layers, math.ceil(layers / 8)))
+        panel.set_xticks(range(0, experts, math.ceil(experts / 4)))
     load_bar(figure, image, axes)
     return Figure(
         "load",
