@@ -2,7 +2,7 @@
 
 smoke: half a minute an arm and seed on two CPU cores, most of it compilation. small: 18 TFLOP and
 two minutes on two CPU cores (a core each for two runs at once); so `gshard` (18 runs) takes forty
-minutes, `expert_choice` (33) and `loss_free` (36) over an hour, `switch` (48) an hour and a half.
+minutes, `expert_choice` (33) and `loss_free` (36) over an hour, `switch` (51) over two.
 14 processes that shared an H100 trained 49 such runs in six and a half minutes, most of it
 compilation. medium: 3.5 PFLOP, for one accelerator; a minute at a tenth of an H100's peak, not
 measured. The papers' sizes are in pods/ where they exist.
