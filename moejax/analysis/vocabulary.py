@@ -62,7 +62,7 @@ class Vocabulary:
 
     def covered(self) -> float:
         """Share of the tokens whose id occurs more than once."""
-        return float(self.count_V[self.count_V > 1].sum() / max(1, self.count_V.sum()))
+        return float(self.count_V[self.count_V > 1].sum() / max(1, int(self.count_V.sum())))
 
     def favourites(self, layer: int, expert: int, most: int, least: int) -> list[tuple[int, float]]:
         """(id, n_ve / n_v) of the ids that most surely go to an expert, at most `most` of those

@@ -64,7 +64,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
     trace = panel.trace
     assert trace.scores_TLE is not None
     used = np.flatnonzero((trace.expert_TLR < trace.meta.experts).any((0, 1)))
-    width = int(used.max(initial=0)) + 1  # R of routers that may choose all of E is E
+    width = int(max(used, default=0)) + 1  # R of routers that may choose all of E is E
     expert_TLR = trace.expert_TLR[..., :width]
     some_TLR = np.minimum(expert_TLR, trace.meta.experts - 1)
     chosen_TLR = np.take_along_axis(trace.scores_TLE, some_TLR, axis=-1)
@@ -110,9 +110,10 @@ def quantised(scores_TLE: np.ndarray) -> dict[str, Any]:
     if gate == "sigmoid":
         value_TLE = np.clip(value_TLE, SMALLEST, 1 - 2**-12)
         value_TLE = np.log(value_TLE / (1 - value_TLE))
-    high_TL = value_TLE.max(-1)
-    low_TL = np.maximum(value_TLE.min(-1), high_TL - DEPTH) if gate else value_TLE.min(-1)
-    low_TL, high_TL = (a.astype(np.float16) for a in (low_TL, high_TL))
+    least_TL, most_TL = value_TLE.min(-1), value_TLE.max(-1)
+    if gate:
+        least_TL = np.maximum(least_TL, most_TL - DEPTH)
+    low_TL, high_TL = least_TL.astype(np.float16), most_TL.astype(np.float16)
     low_TL1 = low_TL.astype(np.float32)[..., None]
     range_TL1 = high_TL.astype(np.float32)[..., None] - low_TL1
     level_TLE = (value_TLE - low_TL1) / np.where(range_TL1 > 0, range_TL1, 1) * LEVELS
