@@ -42,10 +42,10 @@ def make_graph(
     """The static side of the model: `nnx.merge(graph, params)` is the model with these parameters,
     its layers' routers changed if so told."""
     model = nnx.eval_shape(lambda: Transformer(config, vocab_size, nnx.Rngs(params=0)))
-    layers = [block.feed_forward for unit in model.stacks for block in unit.blocks]
-    for layer in layers:
-        if change is not None and isinstance(layer, MoE):
-            layer.options = layer.options._replace(router=change(layer.options.router))
+    if change is not None:
+        for layer in (block.feed_forward for unit in model.stacks for block in unit.blocks):
+            if isinstance(layer, MoE):
+                layer.options = layer.options._replace(router=change(layer.options.router))
     return nnx.split(model)[0]
 
 
