@@ -5,7 +5,8 @@ two minutes on two CPU cores (a core each for two runs at once); so `gshard` (18
 minutes, `expert_choice` (33) and `loss_free` (36) over an hour, `switch` (51) over two.
 14 processes that shared an H100 trained 49 such runs in six and a half minutes, most of it
 compilation. medium: 3.5 PFLOP, for one accelerator; a minute at a tenth of an H100's peak, not
-measured. The papers' sizes are in pods/ where they exist.
+measured. large: few steps of a wide model, for one accelerator. The papers' sizes are in pods/
+where they exist.
 
 A comparison may take more than a sitting. What is finished is kept, and it goes on from a
 committed report alone:
@@ -19,12 +20,12 @@ from ml_collections import ConfigDict
 
 from moejax.config import default_config
 
-SCALES = ("smoke", "small", "medium")
+SCALES = ("smoke", "small", "medium", "large")
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:
     """The base: 8 (medium: 16) SwiGLU experts of the dense network's width in every layer, top-2,
-    dropless. Active parameters of a dense model: 0.12, 1.1 and 6.4 million."""
+    dropless. Active parameters of a dense model: 0.12, 1.1, 6.4 and 34 million."""
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}; known: {', '.join(SCALES)}")
     config = default_config()
@@ -39,18 +40,24 @@ def get_config(scale: str = "smoke") -> ConfigDict:
         config.optimizer.update(learning_rate=3e-3, warmup=50)
         config.train.update(steps=600, log_every=10, eval_every=100, checkpoint_every=200)
         config.train.eval_rows = 512
-    else:
+    elif scale == "medium":
         config.model.update(layers=6, dim=256, heads=8, ffn=1024, dtype="bfloat16")
         config.data.update(name="text", sequence=256, batch=64)
         config.moe.experts = 16
         config.optimizer.update(learning_rate=1e-3, warmup=250)
         config.train.update(steps=5000, log_every=50, eval_every=500, checkpoint_every=500)
+    else:
+        config.model.update(layers=8, dim=512, heads=8, ffn=2048, dtype="bfloat16")
+        config.data.update(name="text", sequence=256, batch=64)
+        config.optimizer.update(learning_rate=1e-3, warmup=60)
+        config.train.update(steps=600, log_every=10, eval_every=100, checkpoint_every=300)
+        config.train.eval_rows = 512
     return config
 
 
 def bias_rate(scale: str) -> float:
     """Of routers that balance by a bias: so that it can move by about 1 in all steps."""
-    return {"smoke": 1e-2, "small": 2e-3, "medium": 1e-3}[scale]
+    return {"smoke": 1e-2, "small": 2e-3, "medium": 1e-3, "large": 2e-3}[scale]
 
 
 def many_arms(scale: str = "smoke") -> ConfigDict:
@@ -72,6 +79,8 @@ def limits(scale: str, more: str = "") -> str:
         "small": "2.5 million tokens an arm are meant to part sparse models from dense ones; "
         "between learned routers of equal size a seed's spread is as large as most published "
         "differences",
+        "large": "10 million tokens for 34 million active parameters part sparse models from dense "
+        "ones early in their training; what a longer one would give is not shown",
         "medium": "82 million tokens an arm order dense and sparse models; between learned routers "
         "of equal size a seed's spread is still as large as most published differences",
     }[scale]
