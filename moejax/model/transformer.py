@@ -18,6 +18,7 @@ from moejax.model.layers import (
     Mask,
     RMSNorm,
     attention_mask,
+    embedded,
     initial,
 )
 from moejax.model.moe import MoE
@@ -248,10 +249,8 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, MoeStats | None, list[Any]]:
         """What the last layer makes of the tokens. `of_moe`: the keys, router states and recordings
         of the MoE layers."""
-        dtype = jnp.dtype(self.config.model.dtype)
-        # The table whole along D: else what is looked up lies cut along D, and is moved whole.
-        embed_VD = constrain(self.embed_VD[...].astype(dtype), "embed_read_VD")
-        x_BSD = constrain(embed_VD[context.token_BS], "x_BSD")
+        x_BSD = embedded(self.embed_VD[...], context.token_BS, jnp.dtype(self.config.model.dtype))
+        x_BSD = constrain(x_BSD, "x_BSD")
         stats, kept = None, []
         for i, (kinds, _) in enumerate(layer_stacks(self.config)):
             routed = "moe" in kinds

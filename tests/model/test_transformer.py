@@ -11,7 +11,7 @@ from flax import nnx
 
 from moejax.config import Config
 from moejax.model import Transformer
-from moejax.model.layers import RMSNorm, attention_mask, rope
+from moejax.model.layers import RMSNorm, attention_mask, embedded, rope
 from tests.model.tiny import LENGTH, ROWS, VOCAB, build, close, graph_of, named, tiny_config, tokens
 
 
@@ -236,3 +236,14 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32() -> None:
     assert low.dtype == jnp.float32 and stats.prob_E.dtype == jnp.float32
     assert 1e-4 < np.abs(low - high).mean() < 0.05
     assert "bf16" in str(jax.make_jaxpr(lambda t: nnx.merge(graph, params)(t)[0])(tokens()))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradients_of_a_frequent_token_are_summed_in_float32(dtype):
+    """4,096 tokens want 1 each; a sum in bfloat16 would stop at 256. And nobody else wants any."""
+    table_VD, token_BS = jnp.arange(12.0).reshape(4, 3), jnp.full((8, 512), 2)
+    x_BSD, vjp = jax.vjp(lambda table: embedded(table, token_BS, jnp.dtype(dtype)), table_VD)
+    assert x_BSD.dtype == dtype and np.array_equal(np.unique(x_BSD), [6.0, 7.0, 8.0])
+    (grads_VD,) = vjp(jnp.ones_like(x_BSD))
+    assert grads_VD.dtype == jnp.float32
+    np.testing.assert_array_equal(grads_VD, jnp.zeros((4, 3)).at[2].set(4096.0))
