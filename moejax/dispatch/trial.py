@@ -15,6 +15,7 @@ from moejax.dispatch.measured import Choice, Measured, fastest, reason
 
 TOLERANCE = 0.02  # of norms: bfloat16 is off by 0.005, a row of another expert by 1
 NARROW = 128
+IDLE = 1  # the expert without rows, where there is another one behind
 OWN = "the compiler's own"
 
 
@@ -79,14 +80,17 @@ def _measure(sizes: Sizes, among: tuple[tuple[str, Any], ...]) -> Measured:
 
 
 def _arguments(sizes: Sizes) -> tuple[Any, ...]:
-    """Rows, weights and an uneven load, no boundary on a tile's, with rows of no expert behind."""
-    n, e, d, f = sizes.rows, sizes.experts, sizes.dim, sizes.ffn
+    """Rows, weights and an uneven load: no boundary and no end on a tile's, an expert without rows,
+    and rows of no expert behind."""
+    e, d, f, each = sizes.experts, sizes.dim, sizes.ffn, sizes.rows // sizes.experts
+    n = sizes.rows + 5
     keys = jax.random.split(jax.random.key(0), 5)
 
     def normal(key: Array, *shape: int, scale: float = 1.0) -> Array:
         return (jax.random.normal(key, shape) * scale).astype(sizes.dtype)
 
-    load_E = jnp.full(e, n // e).at[0].add(-(n // e // 2 + 3))
+    load_E = jnp.full(e, each).at[0].add(-(each // 2 + 3))
+    load_E = load_E.at[IDLE].set(0) if e > IDLE + 1 else load_E
     rows_ND, dy_ND = normal(keys[0], n, d), normal(keys[1], n, d)
     ins = (normal(keys[2], e, d, f, scale=d**-0.5), normal(keys[3], e, d, f, scale=d**-0.5))
     return rows_ND, ins, normal(keys[4], e, f, d, scale=f**-0.5), load_E, dy_ND
@@ -104,7 +108,8 @@ def _jitted(made: Any) -> Callable[..., Any]:
 
 
 def _check(arguments: tuple[Any, ...], found: Any) -> None:
-    """Of the last expert, on whose rows all loads before have their say, and of nobody's rows."""
+    """Of the last expert, on whose rows all loads before have their say, of rows of no expert, and
+    of an expert without rows."""
     rows_ND, (w_in, w_gate), w_out, load_E, dy_ND = arguments
     last, total = int(load_E[-1]), int(load_E.sum())
     own = slice(total - last, total)
@@ -129,3 +134,7 @@ def _check(arguments: tuple[Any, ...], found: Any) -> None:
             raise ValueError(f"{what} are off by {off:.2g} of their norm")
     if bool(jnp.any(y_ND[total:] != 0) | jnp.any(dx_ND[total:] != 0)):
         raise ValueError("rows of no expert do not give 0")
+    if not load_E[IDLE % len(load_E)]:
+        gradients = (dw_in[IDLE], dw_gate[IDLE], dw_out[IDLE])
+        if any(bool(jnp.any(gradient != 0)) for gradient in gradients):
+            raise ValueError("the weights of an expert without rows get a gradient")
