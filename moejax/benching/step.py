@@ -124,7 +124,7 @@ def _peer(ours: list[float], theirs: list[float], tokens: int) -> Peer:
 
 
 def _temp_bytes(step: Any) -> int:
-    return int(step.memory_analysis().temp_size_in_bytes)
+    return int(step.func.memory_analysis().temp_size_in_bytes)  # behind its coefficients
 
 
 def compile_seconds(layers: int) -> float:

@@ -1,24 +1,26 @@
 """Optimizers and learning-rate schedules, from optax."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from moejax.config import OptimizerConfig
 
 
-def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def make_schedule(config: OptimizerConfig, steps: int, peak: Any = None) -> optax.Schedule:
     """Learning rate by optimizer step: linear warm-up to the peak, then the named decay.
 
     cosine and wsd end at final_fraction x peak at `steps`; rsqrt follows peak x sqrt(warmup /
-    step).
+    step). `peak` may be traced; None = the config's learning rate.
 
     Raises:
       ValueError: a warm-up that does not end before the run does.
     """
-    peak, warmup = config.learning_rate, config.warmup
+    peak, warmup = config.learning_rate if peak is None else peak, config.warmup
     if warmup >= steps:
         raise ValueError(f"optimizer.warmup={warmup} must end before train.steps={steps}")
     rest, final = steps - warmup, config.final_fraction * peak
@@ -35,14 +37,17 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def _inverse_square_root(peak: float, start: int, step: jax.typing.ArrayLike) -> jax.Array:
+def _inverse_square_root(peak: float, start: int, step: ArrayLike) -> jax.Array:
     # Not below 0: `join_schedules` asks during the warm-up too.
     return peak * jnp.sqrt(start / (start + jnp.maximum(step, 0)))
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW or Adafactor; weight decay on matrices only."""
-    schedule = make_schedule(config, steps)
+def make_optimizer(
+    config: OptimizerConfig, steps: int, peak: Any = None
+) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW or Adafactor; weight decay on matrices only. `peak`: see
+    `make_schedule`."""
+    schedule = make_schedule(config, steps, peak)
     if config.name == "adamw":
         update = optax.adamw(
             schedule,

@@ -1,5 +1,5 @@
-"""A run's compiled functions. Runs that differ only in seed share one program, and one
-compilation."""
+"""A run's compiled functions. Runs that differ only in seed, first weights or `coefficients` share
+one program, and one compilation."""
 
 import dataclasses
 import functools
@@ -15,12 +15,13 @@ from jax.sharding import PartitionSpec as P
 from jax.stages import Lowered
 
 from moejax.analysis.ablation import ablated
-from moejax.config import Config, TrainConfig
-from moejax.data import Batch, DataConfig
+from moejax.config import Config
+from moejax.data import Batch
 from moejax.model.size import Size, model_size
 from moejax.routing import Recorded, Router
 from moejax.sharding import batch_sharding, check_batch, local_rows, make_mesh
 from moejax.tracing.schema import index_dtype
+from moejax.training.coefficients import Coefficients, abstract, coefficients, compiled_in
 from moejax.training.optimizer import make_optimizer
 from moejax.training.recording import ReplayBatch
 from moejax.training.state import TrainState, init_state, make_graph, shardings
@@ -33,7 +34,8 @@ class Program:
 
     Attributes:
       init: (seed, count_V) -> the state at step 0, born sharded; see `init_state`.
-      train_step: (state, batch) -> (state, metrics); the old state's buffers are reused.
+      train_step: (state, batch) -> (state, metrics); the old state's buffers are reused. The
+        compiled step, at the run's `coefficients`.
       eval_step: (params, router_state, batch, bytes_V) -> EvalSums, as evaluation routes.
       eval_as_trained: the same, routed in the groups of training; None where they are the same.
       eval_without: as eval_step, the routers being `ablated`: router_state is a `Without` of all
@@ -46,7 +48,7 @@ class Program:
     """
 
     init: Callable[..., TrainState]
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+    train_step: Callable[..., tuple[TrainState, dict[str, Any]]]
     eval_step: Callable[..., EvalSums]
     eval_as_trained: Callable[..., EvalSums] | None
     eval_without: Callable[..., EvalSums]
@@ -89,19 +91,14 @@ def build_program(
     Raises:
       ValueError: the mesh does not fit the devices, the batch or a weight.
     """
-    # Only what is compiled in: the seed, the text and the saving of a run may differ.
-    data, train = config.data, config.train
-    compiled_in = dataclasses.replace(
-        config,
-        data=DataConfig(sequence=data.sequence, batch=data.batch, mask_rate=data.mask_rate),
-        train=TrainConfig(
-            steps=train.steps,
-            accumulation=train.accumulation,
-            trace_every=int(train.trace_every > 0),
-        ),
+    where, common = devices or tuple(jax.devices()), compiled_in(config)
+    program = _build(common, vocab_size, num_domains, where, width, training)
+    scaled = dataclasses.replace(common, model=config.model, moe=config.moe)
+    return dataclasses.replace(
+        program,
+        init=_initialiser(scaled, vocab_size, where),
+        train_step=functools.partial(program.train_step, numbers=coefficients(config)),
     )
-    where = devices or tuple(jax.devices())
-    return _build(compiled_in, vocab_size, num_domains, where, width, training)
 
 
 class Laid(NamedTuple):
@@ -141,20 +138,37 @@ def lower_train_step(config: Config, vocab_size: int, laid: Laid, width: int = 0
 
     On an abstract mesh it is lowered for TPUs, and there is nothing to compile it for.
     """
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
     graph = make_graph(config, vocab_size)
-    step = functools.partial(train_step, graph=graph, config=config, optimizer=optimizer)
+
+    def step(
+        state: TrainState, batch: Batch, numbers: Coefficients
+    ) -> tuple[TrainState, dict[str, Any]]:
+        optimizer = make_optimizer(config.optimizer, config.train.steps, numbers.learning_rate)
+        given = {"graph": graph, "config": config, "optimizer": optimizer}
+        return train_step(state, batch, **given, weights=numbers.balance)
+
     batch = _abstract_batch(config, batch_sharding(laid.mesh), width)
     everywhere = NamedSharding(laid.mesh, P())  # read on the host: every process must hold it
+    numbers = abstract(config, everywhere)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(laid.shardings, everywhere))
     if isinstance(laid.mesh, AbstractMesh):
         with jax.sharding.use_abstract_mesh(laid.mesh):
-            return jitted.trace(laid.state, batch).lower(lowering_platforms=("tpu",))
+            return jitted.trace(laid.state, batch, numbers=numbers).lower(
+                lowering_platforms=("tpu",)
+            )
     with jax.set_mesh(laid.mesh):
-        return jitted.lower(laid.state, batch)
+        return jitted.lower(laid.state, batch, numbers=numbers)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=32)
+def _initialiser(
+    config: Config, vocab_size: int, devices: tuple[jax.Device, ...]
+) -> Callable[..., TrainState]:
+    laid = lay_out(config, vocab_size, make_mesh(config.mesh, list(devices)))
+    return jax.jit(laid.init, out_shardings=laid.shardings)
+
+
+@functools.lru_cache(maxsize=32)  # of a suite, whose arms take turns, all
 def _build(
     config: Config,
     vocab_size: int,
@@ -189,7 +203,7 @@ def _build(
         return evaluate
 
     return Program(
-        init=jax.jit(laid.init, out_shardings=laid.shardings),
+        init=_initialiser(config, vocab_size, devices),
         train_step=compiled,
         eval_step=evaluator(evaluation),
         eval_as_trained=evaluator(as_trained) if as_trained else None,
@@ -203,7 +217,7 @@ def _build(
     )
 
 
-def _left_out(*_: Any) -> Any:
+def _left_out(*_: Any, **__: Any) -> Any:
     raise RuntimeError("this program was built with training=False")
 
 

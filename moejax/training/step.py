@@ -1,11 +1,13 @@
 """The pure functions of training: loss, one optimizer step, one evaluation batch."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
 
 from moejax.config import Config
 from moejax.data import UNSCORED, Batch
@@ -58,9 +60,16 @@ def scored(batch: Batch) -> jax.Array:
 
 
 def loss_fn(
-    params: Any, router_state: Any, batch: Batch, key: jax.Array, graph: Any, config: Config
+    params: Any,
+    router_state: Any,
+    batch: Batch,
+    key: jax.Array,
+    graph: Any,
+    config: Config,
+    weights: Mapping[str, ArrayLike] | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Cross entropy plus weighted balance losses, over the whole batch however it is cut.
+    """Cross entropy plus weighted balance losses, over the whole batch however it is cut. `weights`
+    of the balance losses that have one: None = the config's.
 
     Microbatches are scanned *inside* the differentiated function, each rematerialised, and their
     sums added before any loss is formed. So a balance loss sees the loads of the global batch, and
@@ -89,8 +98,8 @@ def loss_fn(
     sums = jax.tree.map(lambda a: a.sum(0), sums)
 
     cross_entropy = sums.nll / jnp.maximum(sums.targets, 1)
-    weights = dict(config.balance)
-    balance = {} if sums.stats is None else balance_losses(sums.stats, weights)
+    balance = {} if sums.stats is None else balance_losses(sums.stats, dict(config.balance))
+    weights = dict(config.balance) if weights is None else weights
     loss = cross_entropy + sum(weights[name] * value for name, value in balance.items())
     routing = {} if sums.stats is None else figures(sums.stats)
     aux = {"loss": cross_entropy, "balance": balance, "stats": sums.stats, **routing}
@@ -115,8 +124,10 @@ def train_step(
     graph: Any,
     config: Config,
     optimizer: optax.GradientTransformation,
+    weights: Mapping[str, ArrayLike] | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """One optimizer step: gradients, update, and the next router state from this batch's loads.
+    `weights`: see `loss_fn`.
 
     Returns:
       The next state, and metrics: loss (cross entropy, nats per target), balance (unweighted
@@ -125,7 +136,7 @@ def train_step(
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     gradient = jax.grad(loss_fn, has_aux=True)
-    grads, aux = gradient(state.params, state.router_state, batch, key, graph, config)
+    grads, aux = gradient(state.params, state.router_state, batch, key, graph, config, weights)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     stats = aux.pop("stats")
     router_state = state.router_state

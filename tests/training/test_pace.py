@@ -19,8 +19,10 @@ def test_a_program_is_started_once() -> None:
     pace = Pace()
     pace.took(run(), seconds=30.0, trained=10.0)
     assert pace.left([run(seed=1), run(seed=2)]) == pytest.approx(20.0)
-    # A learning rate is compiled in, and changes no step's time: 20 to start, once, and twice 10.
-    assert pace.left([run(rate=1e-3), run(1, rate=1e-3)]) == pytest.approx(40.0)
+    # A learning rate is an argument, a warm-up is not: 20 to start, once, and twice 10.
+    assert pace.left([run(rate=1e-3), run(1, rate=1e-3)]) == pytest.approx(20.0)
+    warm = [tiny(train={"seed": seed, "steps": 100}, optimizer={"warmup": 7}) for seed in (1, 2)]
+    assert pace.left(warm) == pytest.approx(40.0)
 
 
 def test_evaluations_count_once_they_are_known() -> None:
