@@ -134,9 +134,9 @@ def _layer(
         shards=shards,
     )
     spread = bool(shards.axes)
-    dispatch = DISPATCH[spread_dispatch(options) if spread else options.dispatch]
+    way = spread_dispatch(options.dispatch, options.groups) if spread else options.dispatch
     beside = shared_beside(shared, x_TD, options.activation, spread)
-    y_TD, output_ED = dispatch(p, x_TD, plan, options.activation, spread, beside)
+    y_TD, output_ED = DISPATCH[way](p, x_TD, plan, options.activation, spread, beside)
     if spread:  # each device of the axis `tensor` has worked with a part of the hidden width
         y_TD, output_ED = jax.lax.psum((y_TD, output_ED), "tensor")
     if routing.rest_TD is not None:
@@ -148,11 +148,10 @@ def _layer(
     return y_TD.reshape(x_BSD.shape), stats
 
 
-def spread_dispatch(options: MoeOptions) -> str:
+def spread_dispatch(dispatch: str, groups: str) -> str:
     """How tokens move on a mesh. Where a group spans devices, its whole capacity may fall to one of
     them, and buffers would hold that many rows everywhere: rows travel sorted instead."""
-    across = options.groups != "sequence"
-    return "dropless" if options.dispatch == "gather" and across else options.dispatch
+    return "dropless" if dispatch == "gather" and groups != "sequence" else dispatch
 
 
 def _decisions(routing: Routing, plan: Plan, shape: tuple[int, ...], width: int) -> Decisions:

@@ -8,6 +8,7 @@ import jax
 from jax.stages import Compiled
 
 from moejax.config import Config
+from moejax.moe import spread_dispatch
 from moejax.planning.chips import Topology
 from moejax.planning.collectives import collectives
 from moejax.planning.flops import count_flops
@@ -96,7 +97,9 @@ def read_plan(
 def spare_rows(config: Config, mesh: dict[str, int]) -> int:
     """Rows of the experts' buffers over the rows that hold tokens at an even load: dropless expert
     parallelism has room for every token of all shards on one of them."""
-    return mesh["expert"] if config.moe.experts and config.moe.dispatch == "dropless" else 1
+    moe = config.moe
+    sorted_rows = moe.experts and spread_dispatch(moe.dispatch, moe.groups) == "dropless"
+    return mesh["expert"] if sorted_rows else 1
 
 
 def _notes(config: Config, unknown: tuple[str, ...]) -> tuple[str, ...]:

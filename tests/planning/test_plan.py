@@ -71,6 +71,21 @@ def test_program_computes_what_the_model_needs(plan):
     assert 0.95 < plan.flops / plan.model_flops < 1.1
 
 
+@pytest.mark.parametrize("dispatch", ["gather", "dropless"])
+def test_so_it_does_with_shared_experts_and_rows_that_travel_sorted(dispatch):
+    moe = {"experts": 8, "ffn": 256, "shared": 1, "capacity_factor": 1.0, "dispatch": dispatch}
+    config = tiny(
+        model={"layers": 1, "dim": 256, "ffn": 512, "dtype": "bfloat16"},
+        moe=moe,  # its groups are the batch
+        data={"sequence": 128, "batch": 8},
+        mesh={"data": 1, "expert": 8},
+    )
+    laid = lay_out(config, vocabulary(config), make_mesh(config.mesh, topology_devices(EIGHT)))
+    compiled = compile_step(config, laid, EIGHT.chip.hbm)
+    plan = read_plan(config, EIGHT, "shared", laid, compiled, seconds=1.0)
+    assert 0.95 < plan.flops / plan.model_flops < 1.1
+
+
 def test_loops_are_multiplied_out(compiled):
     """The compiler's own analysis counts each loop's body once: so do we, told that they run
     once."""
