@@ -26,11 +26,13 @@ class Coefficients(NamedTuple):
 
 def coefficients(config: Config) -> Coefficients:
     """A config's own."""
-    balance = {name: np.float32(weight) for name, weight in config.balance if weight}
-    return Coefficients(np.float32(config.optimizer.learning_rate), dict(balance))
+    balance: dict[str, ArrayLike] = {
+        name: np.float32(weight) for name, weight in config.balance if weight
+    }
+    return Coefficients(np.float32(config.optimizer.learning_rate), balance)
 
 
-def abstract(config: Config, sharding: jax.sharding.Sharding) -> Coefficients:
+def abstract_coefficients(config: Config, sharding: jax.sharding.Sharding) -> Coefficients:
     """The shapes of a config's own."""
     scalar = jax.ShapeDtypeStruct((), np.float32, sharding=sharding)
     return jax.tree.map(lambda _: scalar, coefficients(config))

@@ -21,7 +21,12 @@ from moejax.model.size import Size, model_size
 from moejax.routing import Recorded, Router
 from moejax.sharding import batch_sharding, check_batch, local_rows, make_mesh
 from moejax.tracing.schema import index_dtype
-from moejax.training.coefficients import Coefficients, abstract, coefficients, compiled_in
+from moejax.training.coefficients import (
+    Coefficients,
+    abstract_coefficients,
+    coefficients,
+    compiled_in,
+)
 from moejax.training.optimizer import make_optimizer
 from moejax.training.recording import ReplayBatch
 from moejax.training.state import TrainState, init_state, make_graph, shardings
@@ -149,7 +154,7 @@ def lower_train_step(config: Config, vocab_size: int, laid: Laid, width: int = 0
 
     batch = _abstract_batch(config, batch_sharding(laid.mesh), width)
     everywhere = NamedSharding(laid.mesh, P())  # read on the host: every process must hold it
-    numbers = abstract(config, everywhere)
+    numbers = abstract_coefficients(config, everywhere)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(laid.shardings, everywhere))
     if isinstance(laid.mesh, AbstractMesh):
         with jax.sharding.use_abstract_mesh(laid.mesh):
