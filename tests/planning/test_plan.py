@@ -71,12 +71,11 @@ def test_program_computes_what_the_model_needs(plan):
     assert 0.95 < plan.flops / plan.model_flops < 1.1
 
 
-@pytest.mark.parametrize("dispatch", ["gather", "dropless"])
-def test_so_it_does_with_shared_experts_and_rows_that_travel_sorted(dispatch):
-    moe = {"experts": 8, "ffn": 256, "shared": 1, "capacity_factor": 1.0, "dispatch": dispatch}
+def test_so_it_does_with_shared_experts_and_rows_that_travel_sorted():
+    moe = {"experts": 8, "ffn": 256, "shared": 1, "capacity_factor": 1.0, "dispatch": "gather"}
     config = tiny(
         model={"layers": 1, "dim": 256, "ffn": 512, "dtype": "bfloat16"},
-        moe=moe,  # its groups are the batch
+        moe=moe,  # its groups are the batch, so that it moves rows as dropless does
         data={"sequence": 128, "batch": 8},
         mesh={"data": 1, "expert": 8},
     )

@@ -49,7 +49,7 @@ def constant(config: Config):
     )
 
 
-@pytest.mark.parametrize("changes", [{}, {"rate": 3e-3}, {"weight": 0.5}])
+@pytest.mark.parametrize("changes", [{}, {"rate": 3e-3, "weight": 0.5}])
 def test_an_argument_does_what_a_constant_does(changes) -> None:
     config = arm(**changes)
     program = built(config)
