@@ -1,6 +1,7 @@
 """The spine: what a Mixture-of-Experts layer does, one line a stage. Pure functions of arrays."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,8 @@ from moejax.routing import (
     moe_stats,
     token_keys,
 )
+
+Layer = Callable[..., tuple[jax.Array, MoeStats]]
 
 
 class MoeParams(NamedTuple):
@@ -94,13 +97,22 @@ def moe(
         recorded = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), recorded)
         r = r._replace(recorded=recorded)
     shards = mesh_shards()
-    layer = functools.partial(_layer, options=options, record=record, shards=shards)
-    if not shards.axes:
-        return layer(p.experts, p.shared, x_BSD, r)
     if x_BSD.shape[0] % shards.count:
         raise ValueError(
             f"{x_BSD.shape[0]} sequences are not divisible by data x fsdp x expert = {shards.count}"
         )
+    sequences = x_BSD.shape[0] // shards.count
+    layer: Layer = functools.partial(
+        _layer, sequences=sequences, options=options, record=record, shards=shards
+    )
+    if shards.axes:
+        layer = _on_mesh(layer, p, r, shards)
+    y_TD, stats = layer(p.experts, p.shared, x_TD, r)
+    return y_TD.reshape(x_BSD.shape), stats
+
+
+def _on_mesh(layer: Layer, p: MoeParams, r: RouterInput, shards: Shards) -> Layer:
+    """The layer on each device's tokens."""
     cut, whole = P(shards.axes), P()
     r_cut: Any = jax.tree.map(lambda _: cut, r._replace(state=None))
     stats_cut: Any = dict.fromkeys(MoeStats._fields, whole) | {"decisions": cut}
@@ -112,21 +124,21 @@ def moe(
         ),
         out_specs=(cut, MoeStats(**stats_cut)),
         check_vma=False,
-    )(p.experts, p.shared, x_BSD, r)
+    )
 
 
 def _layer(
     p: Experts,
     shared: Shared | None,
-    x_BSD: jax.Array,
+    x_TD: jax.Array,
     r: RouterInput,
     *,
+    sequences: int,
     options: MoeOptions,
     record: bool,
     shards: Shards,
 ) -> tuple[jax.Array, MoeStats]:
     """The layer on this device's sequences: what an MoE layer does, one line a stage."""
-    x_TD, sequences = x_BSD.reshape(-1, x_BSD.shape[-1]), x_BSD.shape[0]
     routing, plan = route_and_plan(
         *(options.router, r, sequences),
         groups=options.groups,
@@ -144,8 +156,8 @@ def _layer(
     stats = shards.total(moe_stats(r, routing, plan, output_ED, sequences))
     if record:
         width = per_token(options.router, routing) if tokens_choose(options.router) else 0
-        stats = stats._replace(decisions=_decisions(routing, plan, x_BSD.shape, width))
-    return y_TD.reshape(x_BSD.shape), stats
+        stats = stats._replace(decisions=_decisions(routing, plan, sequences, width))
+    return y_TD, stats
 
 
 def spread_dispatch(dispatch: str, groups: str) -> str:
@@ -154,11 +166,11 @@ def spread_dispatch(dispatch: str, groups: str) -> str:
     return "dropless" if dispatch == "gather" and groups != "sequence" else dispatch
 
 
-def _decisions(routing: Routing, plan: Plan, shape: tuple[int, ...], width: int) -> Decisions:
+def _decisions(routing: Routing, plan: Plan, sequences: int, width: int) -> Decisions:
     """The routing by token, arrays [B, S, ...]."""
     kept_N = plan.expert_N < routing.scores_TE.shape[-1]
     by_token = decisions(routing, kept_N, width)
-    return jax.tree.map(lambda a: a.reshape(*shape[:2], *a.shape[1:]), by_token)
+    return jax.tree.map(lambda a: a.reshape(sequences, -1, *a.shape[1:]), by_token)
 
 
 def router_input(

@@ -26,6 +26,9 @@ SIZES = {
     "data.batch": 16,
 }
 DEPTHS = (4, 16, 64)
+# Steps of each in a turn. The first of them is not counted, neither ours nor the peer's: it finds
+# caches and memory as the other has left them, which training does not.
+TURN = 5
 
 
 class Step(NamedTuple):
@@ -39,8 +42,8 @@ class Step(NamedTuple):
       compile_seconds: of the training step.
       first_seconds: from nothing, the text being prepared, to the end of the first step.
       temp_bytes: of the training step, on one device.
-      peer: Hugging Face's Mixtral on the same batches, a step of each in turns; None where it is
-        not installed, or not asked for.
+      peer: Hugging Face's Mixtral on batches of the same text, `TURN` steps of each in turns; None
+        where it is not installed, or not asked for.
     """
 
     seconds: float
@@ -72,7 +75,7 @@ def config() -> Config:
 
 
 def measure(repeats: int, peer: bool) -> Step:
-    """Steps on real text, as training runs them, each followed by one of the peer's."""
+    """Steps on real text, as training runs them, in turns with the peer's."""
     made = config()
     dataset = open_dataset(made.data)
     theirs = mixtral_step(made, dataset.vocab_size) if peer else None
@@ -80,46 +83,56 @@ def measure(repeats: int, peer: bool) -> Step:
     program = build_program(made, dataset.vocab_size, len(dataset.domains))
     state: Any = program.init(0, dataset.count_V)
     batches = dataset.train_batches(0, seed=0, share=program.rows)
-    taken, waited, peers, first_seconds = [], [], [], 0.0
-    for number in range(3 * repeats + 1):
+
+    def step() -> tuple[float, float]:
+        """Seconds to make a batch, and of the step."""
+        nonlocal state
         begin = time.perf_counter()
-        batch, _ = next(batches)
-        given = jax.block_until_ready(program.put(batch))
+        given = jax.block_until_ready(program.put(next(batches)[0]))
         ready = time.perf_counter()
         state, metrics = program.train_step(state, given)
         jax.block_until_ready((state, metrics))
-        end = time.perf_counter()
+        return ready - begin, time.perf_counter() - ready
+
+    def peers_step() -> float:
+        assert theirs is not None
+        batch, _ = next(batches)
+        begin = time.perf_counter()
+        theirs(batch.tokens_BS, batch.targets_BS)
+        return time.perf_counter() - begin
+
+    step()
+    first_seconds = time.perf_counter() - start
+    waited_nt, taken_nt, peers_nt = [], [], []  # by turn
+    for _ in range(repeats):
+        waited, taken = zip(*[step() for _ in range(TURN)][1:], strict=True)
+        waited_nt.append(waited)
+        taken_nt.append(taken)
         if theirs:
-            theirs(batch.tokens_BS, batch.targets_BS)
-        if not number:
-            first_seconds = end - start
-            continue
-        taken.append(end - ready)
-        waited.append(ready - begin)
-        peers.append(time.perf_counter() - end)
+            peers_nt.append([peers_step() for _ in range(TURN)][1:])
     tokens = made.data.batch * made.data.sequence
-    middle = _middle(taken)
+    middle = _middle(taken_nt)
     return Step(
         *middle,
         tokens_per_s=tokens / middle[0],
         mfu=tokens * program.size.flops / middle[0] / peak_flops(),
-        input_share=float(np.median(np.array(waited) / np.array(taken))),
+        input_share=float(np.median(np.array(waited_nt) / np.array(taken_nt))),
         compile_seconds=program.compile_seconds,
         first_seconds=first_seconds,
         temp_bytes=_temp_bytes(program.train_step),
-        peer=_peer(taken, peers, tokens) if theirs else None,
+        peer=_peer(taken_nt, peers_nt, tokens) if theirs else None,
     )
 
 
-def _middle(seconds: list[float]) -> tuple[float, float, float]:
+def _middle(seconds: Any) -> tuple[float, float, float]:
     """Median and quartiles."""
     middle, low, high = np.quantile(seconds, (0.5, 0.25, 0.75))
     return float(middle), float(low), float(high)
 
 
-def _peer(ours: list[float], theirs: list[float], tokens: int) -> Peer:
-    middle = _middle(theirs)
-    ratio = float(np.median(np.array(theirs) / np.array(ours)))
+def _peer(ours_nt: Any, theirs_nt: Any, tokens: int) -> Peer:
+    middle = _middle(theirs_nt)
+    ratio = float(np.median(np.sum(theirs_nt, 1) / np.sum(ours_nt, 1)))
     return Peer("HF Mixtral", *middle, tokens_per_s=tokens / middle[0], ours=ratio)
 
 

@@ -7,10 +7,11 @@ like in the other two: what it dropped is simply not sent.
 import jax
 import jax.numpy as jnp
 
-from moejax.dispatch.experts import Experts, experts_grouped
-from moejax.dispatch.parallel import spread_grouped
+from moejax.dispatch.experts import Experts, experts_on_tokens
+from moejax.dispatch.parallel import spread_grouped, whole
 from moejax.dispatch.plan import Plan
-from moejax.dispatch.shared import NOTHING, Beside, first
+from moejax.dispatch.rows import Rows
+from moejax.dispatch.shared import NOTHING, Beside
 
 
 def dropless(
@@ -24,13 +25,13 @@ def dropless(
     """Same contract and result as `einsum`, in O(N D)."""
     token_N = plan.token_N[plan.order_N]
     weight_N = plan.weight_N[plan.order_N]
-    if spread:
+    if spread and jax.lax.axis_size("expert") > 1:
         y_ND, beside_TD = spread_grouped(p, x_TD[token_N], plan.load_E, activation, beside)
+        y_ND = y_ND.astype(jnp.float32) * weight_N[:, None]
+        y_TD, output_ED = Rows(x_TD, token_N).results(y_ND, plan.load_E)
     else:
-        y_ND = experts_grouped(p, x_TD[token_N], plan.load_E, activation)
-        beside_TD = beside.alone()
-    y_ND = y_ND.astype(jnp.float32) * weight_N[:, None]
-    y_TD = first(x_TD, beside_TD).at[token_N].add(y_ND)
-    output_ED = jnp.zeros((plan.load_E.shape[0], x_TD.shape[1]), jnp.float32)
-    output_ED = output_ED.at[plan.expert_N[plan.order_N]].add(y_ND, mode="drop")
+        mine, beside_TD = whole(p) if spread else p, beside.alone()
+        y_TD, output_ED = experts_on_tokens(mine, x_TD, token_N, weight_N, plan.load_E, activation)
+    if beside_TD is not None:
+        y_TD += beside_TD
     return y_TD.astype(x_TD.dtype), output_ED

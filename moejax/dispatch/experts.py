@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.dispatch.grouped import grouped_ffn
+from moejax.dispatch.grouped import grouped_ffn, tokens_ffn
 
 Activation = Callable[[jax.Array], jax.Array]
 ACTIVATIONS: dict[str, tuple[Activation, bool]] = {
@@ -59,3 +59,18 @@ def experts_grouped(p: Experts, x_ND: jax.Array, load_E: jax.Array, activation: 
     """Rows sorted by expert, load_E[e] of them for expert e: [N, D] to [N, D]; the rest gives 0."""
     function, _ = ACTIVATIONS[activation]
     return grouped_ffn(x_ND, p.w_in_EDF, p.w_gate_EDF, p.w_out_EFD, load_E, function)
+
+
+def experts_on_tokens(
+    p: Experts,
+    x_TD: jax.Array,
+    token_N: jax.Array,
+    weight_N: jax.Array,
+    load_E: jax.Array,
+    activation: str,
+) -> tuple[jax.Array, jax.Array]:
+    """The same of the tokens' rows x_TD[token_N]: y_TD, float32, the sum of a token's weighted
+    outputs, and output_ED, the sum of an expert's, which has no gradient."""
+    function, _ = ACTIVATIONS[activation]
+    weights = p.w_in_EDF, p.w_gate_EDF, p.w_out_EFD
+    return tokens_ffn(x_TD, token_N, weight_N, *weights, load_E, function)

@@ -13,6 +13,7 @@ from jax import Array, lax
 from moejax.dispatch import blocks, products, trial
 from moejax.dispatch.measured import Choice
 from moejax.dispatch.products import Activation, manual_axes
+from moejax.dispatch.rows import Rows
 from moejax.dispatch.trial import Sizes
 
 Weights = tuple[Array, ...]  # (w_in_EDF,) or (w_in_EDF, w_gate_EDF)
@@ -20,7 +21,8 @@ Weights = tuple[Array, ...]  # (w_in_EDF,) or (w_in_EDF, w_gate_EDF)
 
 class Implementation(NamedTuple):
     """forward: (activation, rows, ins, w_out_EFD, load_E) -> (y, residuals). backward: (activation,
-    dy, rows, ins, w_out_EFD, load_E, residuals) -> gradients of rows, ins and w_out_EFD."""
+    dy, rows, ins, w_out_EFD, load_E, residuals) -> gradients of rows, ins and w_out_EFD. `rows` and
+    their gradients are `Rows`."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
@@ -99,7 +101,38 @@ def grouped_ffn(
         Outputs in the shape and dtype of the rows.
     """
     ins = (w_in_EDF,) if w_gate_EDF is None else (w_in_EDF, w_gate_EDF)
-    return _ffn(activation, by, *_vary_alike((rows_ND, ins, w_out_EFD, load_E)))
+    return _ffn(activation, by, *_vary_alike((Rows(rows_ND), ins, w_out_EFD, load_E)))
+
+
+def tokens_ffn(
+    x_TD: Array,
+    token_N: Array,
+    weight_N: Array,
+    w_in_EDF: Array,
+    w_gate_EDF: Array | None,
+    w_out_EFD: Array,
+    load_E: Array,
+    activation: Activation = jax.nn.silu,
+    by: str | None = None,
+) -> tuple[Array, Array]:
+    """`grouped_ffn` of the rows x_TD[token_N], whose outputs times weight_N are added up at their
+    tokens. On a CPU there is no array of all rows but the hidden ones.
+
+    Args:
+        x_TD: tokens.
+        token_N: int32, sorted by expert.
+        weight_N: float32; the hidden row is multiplied by it, as that gives the weights' gradients
+            without the outputs.
+        the others: as of `grouped_ffn`.
+
+    Returns:
+        y_TD, float32, and output_ED, float32: each expert's weighted outputs added up, which has no
+        gradient.
+    """
+    ins = (w_in_EDF,) if w_gate_EDF is None else (w_in_EDF, w_gate_EDF)
+    rows = Rows(x_TD, token_N, weight_N)
+    y_TD, output_ED = _ffn(activation, by, *_vary_alike((rows, ins, w_out_EFD, load_E)))
+    return y_TD, lax.stop_gradient(output_ED)
 
 
 def _vary_alike(tree: Any) -> Any:
@@ -114,21 +147,24 @@ def _vary_alike(tree: Any) -> Any:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ffn(activation: Activation, by: str | None, rows, ins: Weights, w_out_EFD, load_E):
+def _ffn(activation: Activation, by: str | None, rows: Rows, ins: Weights, w_out_EFD, load_E):
     return _forward(activation, by, rows, ins, w_out_EFD, load_E)[0]
 
 
-def _forward(activation: Activation, by: str | None, rows, ins: Weights, w_out_EFD, load_E):
+def _forward(activation: Activation, by: str | None, rows: Rows, ins: Weights, w_out_EFD, load_E):
     # Chosen inside the two rules: around them, each path would keep the other's residuals.
     args = rows, ins, w_out_EFD, load_E
     y, pre = lax.platform_dependent(*args, **_by_platform("forward", activation, by, rows, ins))
     return y, (*args, pre)
 
 
-def _backward(activation: Activation, by: str | None, residuals: Any, dy: Array):
+def _backward(activation: Activation, by: str | None, residuals: Any, dy: Any):
     rows, ins, *_ = residuals
+    if rows.token_N is not None:
+        dy, _ = dy
     by_platform = _by_platform("backward", activation, by, rows, ins)
     drows, dins, dw_out_EFD = lax.platform_dependent(dy, *residuals, **by_platform)
+    drows = drows._replace(x=drows.x.astype(rows.x.dtype))
     return drows, dins, dw_out_EFD, None
 
 
@@ -136,13 +172,13 @@ _ffn.defvjp(_forward, _backward)
 
 
 def _by_platform(
-    rule: str, activation: Activation, by: str | None, rows: Array, ins: Weights
+    rule: str, activation: Activation, by: str | None, rows: Rows, ins: Weights
 ) -> dict[str, Callable[..., Any]]:
     experts, dim, ffn = ins[0].shape
-    sizes = Sizes(experts, dim, ffn, rows.dtype.name, bool(manual_axes(rows)))
+    sizes = Sizes(experts, dim, ffn, rows.x.dtype.name, bool(manual_axes(rows.x)))
 
     def of(platform: str) -> Callable[..., Any]:
-        made = IMPLEMENTATIONS[by or choose(platform, rows.ndim == 3, sizes).name]
+        made = IMPLEMENTATIONS[by or choose(platform, rows.x.ndim == 3, sizes).name]
         return partial(getattr(made, rule), activation)
 
     return {platform: of(platform) for platform in ("cpu", "tpu", "default")}

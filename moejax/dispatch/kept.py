@@ -20,7 +20,7 @@ from moejax import storage
 from moejax.dispatch.measured import Choice, Measured
 
 # The files that make a trial and what it tries.
-SOURCES = ("blocks", "grouped", "hopper", "kept", "measured", "products", "trial")
+SOURCES = ("blocks", "grouped", "hopper", "kept", "measured", "products", "rows", "trial")
 FOLDER = Path(__file__).parent
 # Of a data directory that is not to be had: no right to it, no home that it would be in.
 NOWHERE = (OSError, RuntimeError)

@@ -45,7 +45,7 @@ def spread_batched(
     x_RECD = _swap(x_ECD.reshape(shards, num_experts // shards, slots, dim))
     x_RECD, work = meanwhile(x_RECD, beside.there())
     x_EMD = jnp.moveaxis(x_RECD, 0, 1).reshape(num_experts // shards, shards * slots, dim)
-    y_EMD = experts_batched(_whole(p), x_EMD, activation)
+    y_EMD = experts_batched(whole(p), x_EMD, activation)
     y_EMD, work = meanwhile(y_EMD, work)
     y_RECD = jnp.moveaxis(y_EMD.reshape(num_experts // shards, shards, slots, dim), 1, 0)
     y_RECD, done = meanwhile(_swap(y_RECD), beside.back(work))
@@ -61,8 +61,6 @@ def spread_grouped(
     A device has room for the rows of all devices of its axis, whatever the load.
     """
     shards = jax.lax.axis_size("expert")
-    if shards == 1:
-        return experts_grouped(_whole(p), x_ND, load_E, activation), beside.alone()
     sent_RE = load_E.reshape(shards, -1)
     came_RE = _swap(sent_RE)  # from each device, for each of my experts
     send_R, receive_R = sent_RE.sum(1), came_RE.sum(1)
@@ -73,7 +71,7 @@ def spread_grouped(
     )
     x_MD, work = meanwhile(x_MD, beside.there())
     order_M = jnp.argsort(_experts_of(came_RE, x_MD.shape[0]), stable=True)
-    y_MD = experts_grouped(_whole(p), x_MD[order_M], came_RE.sum(0), activation)
+    y_MD = experts_grouped(whole(p), x_MD[order_M], came_RE.sum(0), activation)
     y_MD = jnp.zeros_like(y_MD).at[order_M].set(y_MD, unique_indices=True)
     y_MD, work = meanwhile(y_MD, work)
     y_ND = ragged_all_to_all(
@@ -83,7 +81,8 @@ def spread_grouped(
     return meanwhile(y_ND, beside.back(work))
 
 
-def _whole(p: Experts) -> Experts:
+def whole(p: Experts) -> Experts:
+    """This device's experts, their weights gathered along `fsdp`."""
     return Experts(gathered(p.w_in_EDF, 1), gathered(p.w_out_EFD, 2), gathered(p.w_gate_EDF, 1))
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from moejax.dispatch import hopper
+from moejax.dispatch.rows import Rows, zero_tail
 
 Activation = Callable[[Array], Array]
 
@@ -26,35 +27,37 @@ class Products(NamedTuple):
     of_weights: Callable[..., Array]
 
 
-def hidden_of(activation: Activation, x_in: Array, x_gate: Array | None = None) -> Array:
-    return activation(x_in) if x_gate is None else activation(x_gate) * x_in
+def hidden_of(
+    activation: Activation, weight_N1: Array | None, x_in: Array, x_gate: Array | None = None
+) -> Array:
+    """The hidden rows, times the weight that their outputs have."""
+    hidden = activation(x_in) if x_gate is None else activation(x_gate) * x_in
+    return hidden if weight_N1 is None else (hidden * weight_N1).astype(hidden.dtype)
 
 
-def forward(products: Products, activation, rows, ins, w_out_EFD, load_E):
+def forward(products: Products, activation, rows: Rows, ins, w_out_EFD, load_E):
     """Outputs, and the hidden rows before the activation; see `grouped_ffn`."""
-    x = _zero_tail(rows, load_E)
+    x = rows.all(load_E)
     pre = tuple(products.dot(x, w, load_E) for w in ins)
-    y = products.dot(hidden_of(activation, *pre), w_out_EFD, load_E)
-    return _zero_tail(y, load_E), pre
+    y = products.dot(hidden_of(activation, rows.weight_N1(), *pre), w_out_EFD, load_E)
+    return rows.results(y, load_E), pre
 
 
-def backward(products: Products, activation, dy, rows, ins, w_out_EFD, load_E, pre):
+def backward(products: Products, activation, dy, rows: Rows, ins, w_out_EFD, load_E, pre):
     """Gradients by the rows, the input weights and the output weights."""
 
     def transposed(x, w, dy):
         return products.of_rows(dy, w, load_E), products.of_weights(x, w, dy, load_E)
 
-    x, dy = _zero_tail(rows, load_E), _zero_tail(dy, load_E)
-    hidden, hidden_vjp = jax.vjp(partial(hidden_of, activation), *pre)
+    x, dy = rows.all(load_E), rows.spread(dy, load_E)
+    hidden, hidden_vjp = jax.vjp(partial(hidden_of, activation), rows.weight_N1(), *pre)
     dhidden, dw_out_EFD = transposed(hidden, w_out_EFD, dy)
-    dx, dins = zip(*map(partial(transposed, x), ins, hidden_vjp(dhidden)), strict=True)
-    return _zero_tail(sum(dx), load_E), dins, dw_out_EFD
-
-
-def _zero_tail(rows: Array, load_E: Array) -> Array:
-    if rows.ndim == 3:  # buffers: their free slots hold zeros, and give zeros
-        return rows
-    return jnp.where((jnp.arange(len(rows)) < load_E.sum())[:, None], rows, 0)
+    dweight_N1, *dpre = hidden_vjp(dhidden)
+    dx, dins = zip(*map(partial(transposed, x), ins, dpre), strict=True)
+    drows = Rows(rows.summed(zero_tail(sum(dx), load_E)))
+    if dweight_N1 is not None:
+        drows = drows._replace(weight_N=zero_tail(dweight_N1, load_E)[:, 0])
+    return drows, dins, dw_out_EFD
 
 
 def compiler_weight_gradient(x: Array, w: Array, dy: Array, load_E: Array) -> Array:
@@ -67,9 +70,8 @@ def kernel_weight_gradient(
     x_NX: Array, w_EXY: Array, dy_NY: Array, load_E: Array, interpret: bool = False
 ) -> Array:
     """The same, by the transposed kernel of `megablox`."""
-    if manual_axes(x_NX) | manual_axes(
-        dy_NY
-    ):  # the kernel cannot say along which mesh axes it varies
+    # The kernel cannot say along which mesh axes its result varies.
+    if manual_axes(x_NX) | manual_axes(dy_NY):
         return compiler_weight_gradient(x_NX, w_EXY, dy_NY, load_E)
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
@@ -104,7 +106,7 @@ def tokamax_dot(x_NX: Array, w_EXY: Array, load_E: Array) -> Array:
     import tokamax  # here: an extra, and slow to import
 
     # It leaves what it finds in rows of no expert: on an H100 the weights' gradients were NaN.
-    return _zero_tail(tokamax.ragged_dot(x_NX, w_EXY, load_E), load_E)
+    return zero_tail(tokamax.ragged_dot(x_NX, w_EXY, load_E), load_E)
 
 
 def tokamax_weight_gradient(x_NX: Array, w_EXY: Array, dy_NY: Array, load_E: Array) -> Array:

@@ -13,6 +13,7 @@ from jax import Array
 
 from moejax.dispatch import kept
 from moejax.dispatch.measured import Choice, Measured, fastest, reason
+from moejax.dispatch.rows import Rows
 
 TOLERANCE = 0.02  # of norms: bfloat16 is off by 0.005, a row of another expert by 1
 NARROW = 128
@@ -102,9 +103,10 @@ def _jitted(made: Any) -> Callable[..., Any]:
     """Forward and backward: outputs, and gradients by rows, input weights and output weights."""
 
     def both(rows_ND: Array, ins: Any, w_out_EFD: Array, load_E: Array, dy_ND: Array) -> Any:
-        args = rows_ND, ins, w_out_EFD, load_E
+        args = Rows(rows_ND), ins, w_out_EFD, load_E
         y_ND, residuals = made.forward(jax.nn.silu, *args)
-        return y_ND, made.backward(jax.nn.silu, dy_ND, *args, residuals)
+        drows, *dws = made.backward(jax.nn.silu, dy_ND, *args, residuals)
+        return y_ND, (drows.x, *dws)
 
     return jax.jit(both)
 

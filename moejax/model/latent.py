@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.config import ModelConfig
-from moejax.model.layers import Kept, Mask, RMSNorm, attend, initial, rope
+from moejax.model.attend import Mask, attend
+from moejax.model.layers import Kept, RMSNorm, initial, rope
 
 
 class LatentAttention(nnx.Module):

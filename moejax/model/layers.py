@@ -6,7 +6,7 @@ looks up. Matmuls run in the model's compute dtype.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from flax import nnx
 
 from moejax.config import ModelConfig
 from moejax.dispatch import ACTIVATIONS, Shared, shared_beside
+from moejax.model.attend import Mask, attend
 from moejax.sharding import constrain
 
 
@@ -67,9 +68,16 @@ class RMSNorm(nnx.Module):
         self.scale_D = nnx.Param(jnp.ones(dim))
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        x = x_BSD.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
-        return (x * self.scale_D[...][None, None]).astype(x_BSD.dtype)
+        return _normed(x_BSD, self.scale_D[...])
+
+
+@partial(
+    jax.checkpoint, prevent_cse=False
+)  # keeps its input alone: the rest is quick to make again
+def _normed(x_BSD: jax.Array, scale_D: jax.Array) -> jax.Array:
+    x = x_BSD.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+    return (x * scale_D[None, None]).astype(x_BSD.dtype)
 
 
 def rope(x_BSHA: jax.Array, position_BS: jax.Array, theta: float) -> jax.Array:
@@ -85,21 +93,6 @@ def rope(x_BSHA: jax.Array, position_BS: jax.Array, theta: float) -> jax.Array:
 
 # What attention keeps of tokens for later ones to see: arrays [B, S, heads, width].
 Kept = tuple[jax.Array, ...]
-
-
-class Mask(NamedTuple):
-    """Which of M tokens each of S tokens sees: seen_BSM, bool.
-
-    in_order: M = S and no token sees a later one, so that scores of later ones need no computing.
-    """
-
-    seen_BSM: jax.Array
-    in_order: bool = False
-
-
-# Where tokens are in order: so many blocks of queries, each against the tokens up to its end. That
-# leaves out 3/8 of all scores; 8 blocks would leave out 7/16, but of ever smaller products.
-PARTS = 4
 
 
 class Attention(nnx.Module):
@@ -146,93 +139,6 @@ class Attention(nnx.Module):
 def _all_heads(norm: RMSNorm, a_BSHA: jax.Array) -> jax.Array:
     """A norm over all heads of a token together."""
     return norm(a_BSHA.reshape(*a_BSHA.shape[:2], -1)).reshape(a_BSHA.shape)
-
-
-def attend(
-    q_BSHC: jax.Array, k_BMGC: jax.Array, v_BMGA: jax.Array, mask: Mask, block: int = 0
-) -> jax.Array:
-    """softmax(q k / sqrt(C)) v, the softmax in float32: y_BSHA. Each kv head serves H / G heads.
-
-    block > 0: that many queries at a time, and their scores again in the backward pass, so that no
-    more than [B, H, block, M] scores are there at once. The same values, up to rounding.
-    """
-    B, S, H, C = q_BSHC.shape
-    G = k_BMGC.shape[2]
-    # Heads in front: what is multiplied lies together.
-    q_BGRSC = jnp.moveaxis(q_BSHC.reshape(B, S, G, H // G, C) * C**-0.5, 1, 3)
-    k_BGMC, v_BGMA = jnp.swapaxes(k_BMGC, 1, 2), jnp.swapaxes(v_BMGA, 1, 2)
-    part = S // PARTS
-    cut = mask.in_order and S % PARTS == 0 and (not block or part <= block or part % block == 0)
-    ends = range(part, S + 1, part) if cut else [S]
-    parts, start = [], 0
-    for end in ends:
-        seen = end if cut else k_BMGC.shape[1]
-        parts.append(
-            _in_blocks(
-                q_BGRSC[:, :, :, start:end],
-                k_BGMC[:, :, :seen],
-                v_BGMA[:, :, :seen],
-                mask.seen_BSM[:, start:end, :seen],
-                block,
-            )
-        )
-        start = end
-    y_BSGRA = jnp.moveaxis(jnp.concatenate(parts, axis=3), 3, 1)
-    return y_BSGRA.reshape(B, S, H, -1)
-
-
-def _in_blocks(
-    q_BGRSC: jax.Array, k_BGMC: jax.Array, v_BGMA: jax.Array, seen_BSM: jax.Array, block: int
-) -> jax.Array:
-    if not block or block >= q_BGRSC.shape[3]:
-        return _attend(q_BGRSC, k_BGMC, v_BGMA, seen_BSM)
-
-    def cut(a: jax.Array, axis: int) -> jax.Array:  # blocks in front
-        parts = (*a.shape[:axis], -1, block, *a.shape[axis + 1 :])
-        return jnp.moveaxis(a.reshape(parts), axis, 0)
-
-    part = jax.checkpoint(lambda q, seen: _attend(q, k_BGMC, v_BGMA, seen))
-    y_nBGRsA = jax.lax.map(lambda xs: part(*xs), (cut(q_BGRSC, 3), cut(seen_BSM, 1)))
-    y_BGRnsA = jnp.moveaxis(y_nBGRsA, 0, 3)
-    return y_BGRnsA.reshape(*q_BGRSC.shape[:4], v_BGMA.shape[-1])
-
-
-def _attend(
-    q_BGRsC: jax.Array, k_BGMC: jax.Array, v_BGMA: jax.Array, seen_BsM: jax.Array
-) -> jax.Array:
-    """Weights are divided by their sum behind the product with the values: a pass less over
-    [s, M]."""
-    f32 = jnp.float32
-    score_BGRsM = jnp.einsum("bgrsc,bgmc->bgrsm", q_BGRsC, k_BGMC, preferred_element_type=f32)
-    score_BGRsM = jnp.where(seen_BsM[:, None, None], score_BGRsM, -0.7 * jnp.finfo(f32).max)
-    # Softmax is the same whatever is taken off, so the maximum needs no gradient.
-    most_BGRs1 = jax.lax.stop_gradient(score_BGRsM.max(-1, keepdims=True))
-    weight_BGRsM = jnp.exp(score_BGRsM - most_BGRs1)
-    y_BGRsA = jnp.einsum(
-        "bgrsm,bgma->bgrsa", weight_BGRsM.astype(v_BGMA.dtype), v_BGMA, preferred_element_type=f32
-    )
-    return (y_BGRsA / weight_BGRsM.sum(-1, keepdims=True)).astype(v_BGMA.dtype)
-
-
-def attention_mask(
-    segment_BS: jax.Array,
-    seen_BM: jax.Array | None = None,
-    start: jax.Array | int = 0,
-    *,
-    causal: bool = True,
-) -> Mask:
-    """A token sees those of its own document; if causal, only those up to itself.
-
-    seen_BM: the documents of all that is there to see, in which the tokens themselves begin at
-    `start`; None = the tokens are all.
-    """
-    alone = seen_BM is None
-    seen_BM = segment_BS if seen_BM is None else seen_BM
-    same_BSM = segment_BS[:, :, None] == seen_BM[:, None]
-    if not causal:
-        return Mask(same_BSM)
-    place_S, place_M = start + jnp.arange(segment_BS.shape[1]), jnp.arange(seen_BM.shape[1])
-    return Mask((place_M[None] <= place_S[:, None])[None] & same_BSM, in_order=alone)
 
 
 class FeedForward(nnx.Module):

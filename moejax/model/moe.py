@@ -18,8 +18,8 @@ class MoE(nnx.Module):
 
     A drop-in for a dense FFN of someone else's model:
 
-        layer = moejax.MoE(ModelConfig(dim=512, ffn=2048), MoeConfig(experts=8), "topk",
-        rngs=nnx.Rngs(0)) y_BSD, stats = layer(x_BSD)
+        layer = moejax.MoE(ModelConfig(dim=512), MoeConfig(experts=8), "topk", rngs=nnx.Rngs(0))
+        y_BSD, stats = layer(x_BSD)
 
     The forward pass writes nothing: the router's state goes in as `state`, the loads come out in
     `stats`; add `balance_losses(stats, ...)` to the loss, and call `layer.router.update(state,

@@ -9,15 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.config import Config
+from moejax.model.attend import Mask, attention_mask
 from moejax.model.cache import Cache, placed
 from moejax.model.latent import LatentAttention
 from moejax.model.layers import (
     Attention,
     FeedForward,
     Kept,
-    Mask,
     RMSNorm,
-    attention_mask,
     embedded,
     initial,
 )

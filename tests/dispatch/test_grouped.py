@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moejax.dispatch import blocks, products
-from moejax.dispatch.grouped import choose, grouped_ffn
+from moejax.dispatch.grouped import choose, grouped_ffn, tokens_ffn
+from moejax.dispatch.rows import Rows
 from moejax.dispatch.trial import Sizes
 
 
@@ -98,6 +99,59 @@ def test_rows_of_no_expert_contribute_nothing():
         assert_equal_to_definition(arrays(900, 8, 12, 4, True), [40, 3, 20, 700], garbage=garbage)
 
 
+def of_tokens(x_TD, weight_N, w_in, w_gate, w_out, token_N, load_E, ffn):
+    """What `tokens_ffn` gives, by a network of sorted rows."""
+    y_ND = ffn(x_TD[token_N], w_in, w_gate, w_out, load_E, jax.nn.silu).astype(jnp.float32)
+    y_ND = y_ND * jnp.where(jnp.arange(len(token_N)) < load_E.sum(), weight_N, 0)[:, None]
+    expert_N = jnp.repeat(jnp.arange(len(load_E)), load_E, total_repeat_length=len(token_N))
+    y_TD = jnp.zeros(x_TD.shape, jnp.float32).at[token_N].add(y_ND)
+    return y_TD, jnp.zeros((len(load_E), x_TD.shape[1])).at[expert_N].add(y_ND)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("by", ["blocks", "ragged_dot", None])
+@pytest.mark.parametrize("load", [[300, 0, 133, 467], [5, 0, 700, 40], [0, 0, 0, 0]], ids=str)
+def test_tokens_in_tokens_out(load, by, gated, dtype):
+    """Rows read where the tokens lie and added up there: values and gradients of tokens, of the
+    rows' weights, of the experts' weights."""
+    x_TD, w_in, w_gate, w_out = arrays(450, 8, 12, 4, gated, dtype)
+    rng = np.random.default_rng(0)
+    token_N = jnp.asarray(rng.permutation(np.repeat(np.arange(450), 2)), jnp.int32)
+    weight_N = jnp.asarray(rng.uniform(0.1, 1, size=900), jnp.float32)
+    trained, load_E = (x_TD, weight_N, w_in, w_gate, w_out), jnp.asarray(load, jnp.int32)
+
+    def loss(trained, ffn):
+        y_TD, output_ED = ffn(*trained)
+        assert y_TD.dtype == output_ED.dtype == jnp.float32
+        return jnp.sin(y_TD).sum(), (y_TD, output_ED)
+
+    def ours(x_TD, weight_N, *weights):
+        return tokens_ffn(x_TD, token_N, weight_N, *weights, load_E, by=by)
+
+    def defined(*trained):
+        trained = jax.tree.map(lambda a: a.astype(jnp.float32), trained)
+        return of_tokens(*trained, token_N, load_E, one_by_one)
+
+    both = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    found, wanted = both(trained, ours), both(trained, defined)
+    tolerance = 5e-2 if dtype == "bfloat16" else 2e-5
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        got, want = (np.asarray(a, np.float32) for a in (got, want))
+        scale = max(1.0, float(np.abs(want).max()))
+        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * scale)
+
+
+def test_sums_at_a_token_are_float32():
+    """520 rows of 1: a sum in bfloat16 stops at 256."""
+    x_TD, w = jnp.ones((1, 1), jnp.bfloat16), jnp.ones((1, 1, 1), jnp.bfloat16)
+    token_N, weight_N = jnp.zeros(520, jnp.int32), jnp.ones(520)
+    for by in ("blocks", "ragged_dot"):
+        ffn = partial(tokens_ffn, activation=jax.nn.relu, by=by)
+        y_TD, _ = jax.jit(ffn)(x_TD, token_N, weight_N, w, None, w, jnp.array([520]))
+        assert y_TD.item() == 520
+
+
 def test_what_a_kernel_leaves_in_rows_of_no_expert_contributes_nothing(monkeypatch):
     """tokamax's leave what they find, and multiply it by 0 in the weights' gradients."""
 
@@ -179,7 +233,7 @@ WEIGHT_GRADIENTS = {
 def test_all_paths_agree(of_weights):
     """The paths of other platforms, run here, against the blocks."""
     rows_ND, w_in, w_gate, w_out = arrays(300, 8, 12, 3, True)
-    args = rows_ND.at[210:].set(jnp.nan), (w_in, w_gate), w_out, jnp.array([130, 0, 80])
+    args = Rows(rows_ND.at[210:].set(jnp.nan)), (w_in, w_gate), w_out, jnp.array([130, 0, 80])
     dy_ND = jnp.cos(jnp.arange(2400.0)).reshape(300, 8).at[210:].set(jnp.nan)
     silu = jax.nn.silu
 
@@ -220,7 +274,7 @@ def test_buffers_are_batched_products_of_which_free_slots_are_left_out(gated):
     ):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
     ins = (w_in,) if w_gate is None else (w_in, w_gate)
-    y, pre = products.forward(products.BATCHED, jax.nn.silu, rows, ins, w_out, load_E)
+    y, pre = products.forward(products.BATCHED, jax.nn.silu, Rows(rows), ins, w_out, load_E)
     np.testing.assert_allclose(y, expected[0], rtol=1e-4, atol=1e-4)
 
 
@@ -289,6 +343,18 @@ def test_other_platforms_use_ragged_dot():
     # The three weight gradients are kernels (of two shapes), the five other products are not.
     assert "ragged_dot" in tpu and tpu.count("@tpu_custom_call") == 2
     assert "tpu_custom_call" not in cuda
+
+
+def test_on_a_cpu_no_array_holds_all_rows_of_tokens():
+    args = arrays(1024, 24, 40, 4, True)
+    token_N = jnp.arange(2048) % 1024
+
+    def loss(x_TD, *weights):
+        y_TD, _ = tokens_ffn(x_TD, token_N, jnp.ones(2048), *weights, jnp.full(4, 512))
+        return jnp.square(y_TD).sum()
+
+    text = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(*args).compile().as_text()
+    assert "f32[2048,40]" in text and "f32[1024,24]" in text and "f32[2048,24]" not in text
 
 
 def test_cpu_memory_is_linear_in_the_rows():

@@ -1,6 +1,7 @@
 """Attention: latent, normed and in blocks, against plain computations; gradients; meshes."""
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from moejax.config import MeshConfig, ModelConfig
+from moejax.model.attend import attend, attention_mask
 from moejax.model.latent import LatentAttention
-from moejax.model.layers import Attention, attend, attention_mask, rope
+from moejax.model.layers import Attention, rope
 from moejax.model.size import model_size
 from moejax.sharding import make_mesh, param_shardings
 from tests.model.tiny import LENGTH, ROWS, VOCAB, build, close, tiny_config, tokens
@@ -170,18 +172,58 @@ def test_parts_and_blocks_of_queries_change_work_and_memory_only(
         return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
 
     def scores(mask, block=0):
-        """[queries, tokens] of the scores that are there at once."""
-        text = str(jax.make_jaxpr(gradients(mask, block))(*arrays))
-        shapes = rf"f32\[{ROWS},{kv_heads},{2 // kv_heads},(\d+),(\d+)\] = dot_general"
-        return {(int(s), int(m)) for s, m in re.findall(shapes, text)}
+        """[queries, tokens] of the scores that are there at once: forward, and backward, where
+        queries come last."""
+        forward = partial(attend, mask=mask, block=block)
+        y_BSHA, backward = jax.vjp(forward, *arrays)
+        kinds = rf"{2 // kv_heads},(\d+),(\d+)", rf"(\d+),{2 // kv_heads},(\d+)"
+        texts = str(jax.make_jaxpr(forward)(*arrays)), str(jax.make_jaxpr(backward)(y_BSHA))
+        there, back = (
+            {(int(a), int(b)) for a, b in re.findall(rf"f32\[2,{kv_heads},{kind}\] = dot_g", text)}
+            for kind, text in zip(kinds, texts, strict=True)
+        )
+        return there, {(s, m) for m, s in back}
 
     whole = MASK._replace(in_order=False)
     right = gradients(whole)(*arrays)
-    assert MASK.in_order and (LENGTH, LENGTH) in scores(whole)
+    assert MASK.in_order and all(max(found) == (LENGTH, LENGTH) for found in scores(whole))
     for mask, block in ((MASK, 0), (MASK, 1), (whole, 2)):
         close(gradients(mask, block)(*arrays), right)
-    assert max(scores(MASK)) == (2, 8) and {(2, 2), (2, 4), (2, 6)} < scores(MASK)
-    assert max(scores(whole, 2)) == (2, 8) and max(scores(MASK, 1)) == (1, 8)
+    for there in scores(MASK):
+        assert {(2, 2), (2, 4), (2, 6), (2, 8)} <= there and (LENGTH, LENGTH) not in there
+    for mask, block in ((MASK, 1), (whole, 2)):
+        assert max(scores(mask, block)[0]) == (block, 8)
+        assert (block, 8) in scores(mask, block)[1] and (8, 8) not in scores(mask, block)[1]
+
+
+def test_bfloat16_is_as_close_as_its_numbers_are() -> None:
+    """Values and gradients of the written-out gradient, against float32's."""
+    random = np.random.default_rng(0)
+    exact = [jnp.asarray(random.normal(size=(ROWS, LENGTH, 2, 4)), jnp.float32) for _ in range(3)]
+    arrays = [a.astype(jnp.bfloat16) for a in exact]
+
+    def both(*arrays):
+        def loss(*arrays):
+            y_BSHA = attend(*arrays, MASK).astype(jnp.float32)
+            return jnp.sin(y_BSHA).sum(), y_BSHA
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+
+    got, want = both(*arrays), both(*(a.astype(jnp.float32) for a in arrays))
+    assert all(a.dtype == jnp.bfloat16 for a in got[1])
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert jnp.linalg.norm(a.astype(jnp.float32) - b) < 0.01 * jnp.linalg.norm(b)
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_gradients_of_attention_keep_no_scores(block: int) -> None:
+    """What the backward pass is given grows with the tokens, not with their square."""
+    length = 64
+    arrays = [jnp.ones((1, length, 2, 4)) for _ in range(3)]
+    mask = attention_mask(jnp.zeros((1, length), jnp.int32))
+    _, backward = jax.vjp(lambda *a: attend(*a, mask, block), *arrays)
+    floats = [a for a in jax.tree.leaves(backward) if a.dtype == jnp.float32]
+    assert floats and max(a.size for a in floats) == length * 2 * 4
 
 
 def test_size_of_latent_attention() -> None:

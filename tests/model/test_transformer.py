@@ -11,7 +11,8 @@ from flax import nnx
 
 from moejax.config import Config
 from moejax.model import Transformer
-from moejax.model.layers import RMSNorm, attention_mask, embedded, rope
+from moejax.model.attend import attention_mask
+from moejax.model.layers import RMSNorm, embedded, rope
 from tests.model.tiny import LENGTH, ROWS, VOCAB, build, close, graph_of, named, tiny_config, tokens
 
 

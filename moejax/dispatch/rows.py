@@ -1,0 +1,63 @@
+"""Where the rows lie that the experts work on: sorted, in buffers, or still among the tokens."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+
+class Rows(NamedTuple):
+    """Rows in the order of their experts: load_E[0] of expert 0, then those of expert 1, and so on.
+
+    Attributes:
+      x: [N, D], the rows themselves; or [E, C, D], a buffer for each expert; or, with the other
+        two, the tokens [T, D]: row n is x[token_N[n]], and its output belongs to that token.
+      token_N: int32.
+      weight_N: float32, of each row's output.
+    """
+
+    x: Array
+    token_N: Array | None = None
+    weight_N: Array | None = None
+
+    @property
+    def number(self) -> int:
+        """N, or E x C."""
+        return self.x.size // self.x.shape[-1] if self.token_N is None else len(self.token_N)
+
+    def nothing(self) -> Array:
+        """Zeros that lie as the rows do, for sums at tokens float32."""
+        return jnp.zeros_like(self.x, None if self.token_N is None else jnp.float32)
+
+    def all(self, load_E: Array) -> Array:
+        """[N, D] or [E, C, D]; zeros past sum(load_E)."""
+        return zero_tail(self.x if self.token_N is None else self.x[self.token_N], load_E)
+
+    def weight_N1(self) -> Array | None:
+        return None if self.weight_N is None else self.weight_N[:, None]
+
+    def results(self, y: Array, load_E: Array) -> Any:
+        """Of the outputs, row by row: as `grouped_ffn` returns them, or `tokens_ffn`."""
+        y = zero_tail(y, load_E)
+        if self.token_N is None:
+            return y
+        expert_N = jnp.searchsorted(jnp.cumsum(load_E), jnp.arange(len(y)), side="right")
+        y = y.astype(jnp.float32)
+        nothing_ED = jnp.zeros((len(load_E), y.shape[1]), jnp.float32)
+        return self.summed(y), nothing_ED.at[expert_N].add(y, mode="drop")
+
+    def spread(self, dy: Array, load_E: Array) -> Array:
+        """Of the outputs' gradients those of the rows."""
+        return self._replace(x=dy).all(load_E).astype(self.x.dtype)
+
+    def summed(self, dx: Array) -> Array:
+        """The sum of rows at each token, float32; where the rows lie there is nothing to sum."""
+        if self.token_N is None:
+            return dx
+        return self.nothing().at[self.token_N].add(dx.astype(jnp.float32))
+
+
+def zero_tail(rows: Array, load_E: Array) -> Array:
+    if rows.ndim == 3:  # buffers: their free slots hold zeros, and give zeros
+        return rows
+    return jnp.where((jnp.arange(len(rows)) < load_E.sum())[:, None], rows, 0)
