@@ -22,6 +22,7 @@ from moejax.dispatch import (
     shared_specs,
 )
 from moejax.dispatch.local import per_token, tokens_choose
+from moejax.dispatch.plan import fitted
 from moejax.routing import (
     Decisions,
     MoeStats,
@@ -59,6 +60,7 @@ class MoeOptions(NamedTuple):
     capacity_factor: float | None = None
     groups: str = "batch"
     jitter: float = 0.0
+    buffer_factor: float | None = None
 
 
 def moe(
@@ -147,6 +149,8 @@ def _layer(
     )
     spread = bool(shards.axes)
     way = spread_dispatch(options.dispatch, options.groups) if spread else options.dispatch
+    if spread and way == "dropless":
+        plan = fitted(plan, options.buffer_factor)
     beside = shared_beside(shared, x_TD, options.activation, spread)
     y_TD, output_ED = DISPATCH[way](p, x_TD, plan, options.activation, spread, beside)
     if spread:  # each device of the axis `tensor` has worked with a part of the hidden width

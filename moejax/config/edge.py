@@ -17,7 +17,7 @@ def default_config() -> ConfigDict:
     tree = Config().to_dict()
     tree["router"] = {"name": "topk", **hyperparameters("topk")}
     config = ConfigDict(tree)
-    for name in ("capacity_factor", "eval_capacity_factor"):
+    for name in ("capacity_factor", "eval_capacity_factor", "buffer_factor"):
         config.moe[name] = placeholder(float)
     return config
 

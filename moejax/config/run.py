@@ -191,7 +191,9 @@ class Config:
             capacity_factor=self.moe.capacity_factor,
             groups=self.moe.groups,
         )
-        return dependence(options, self.moe.experts)
+        found = dependence(options, self.moe.experts)
+        # Rows of other sequences may take the room that a device has; never those of later tokens.
+        return found._replace(others=found.others or self.moe.buffer_factor is not None)
 
     @property
     def causal(self) -> bool:

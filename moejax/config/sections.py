@@ -137,6 +137,9 @@ class MoeConfig:
         groups=sequence only, and else moves tokens as dropless does, with the same drops.
       capacity_factor: slots of an expert over its fair share of assignments; None = nothing drops.
       eval_capacity_factor: the same in evaluation; None = as in training.
+      buffer_factor: with dropless on a mesh with an axis `expert`: the rows that a device has room
+        for, over its fair share; what does not fit drops. None = for all rows, whatever the load:
+        as many times the memory traffic of an even load as that axis has devices.
       groups: which tokens compete for slots: batch, sequence, or position (causal expert choice).
       eval_groups: the same in evaluation; '' = as in training.
       jitter: multiplicative noise on the router's input in training (Switch: 0.01).
@@ -152,6 +155,7 @@ class MoeConfig:
     dispatch: str = "dropless"
     capacity_factor: float | None = None
     eval_capacity_factor: float | None = None
+    buffer_factor: float | None = None
     groups: str = "batch"
     eval_groups: str = ""
     jitter: float = 0.0
@@ -173,12 +177,26 @@ class MoeConfig:
                 f"moe.{name}={value} leaves no slot (capacity < 1); use a factor > 0, "
                 "1 = exactly enough",
             )
-
+        factor = self.buffer_factor
+        require(
+            factor is None or (factor >= 1 and math.isfinite(factor)),
+            f"moe.buffer_factor={factor} is less than a device's fair share of rows; use 1 or "
+            "more, or None for room for all",
+        )
+        buffers = self.dispatch == "einsum" or (self.dispatch, self.groups) == (
+            "gather",
+            "sequence",
+        )
+        require(
+            factor is None or not buffers,
+            f"moe.buffer_factor={factor} is for rows that travel sorted, moe.dispatch="
+            f"{self.dispatch!r} has buffers by moe.capacity_factor; set moe.dispatch='dropless'",
+        )
         if self.slots:
             require(
                 self.experts > 0, f"moe.slots={self.slots} (Soft MoE) needs moe.experts above 0"
             )
-            for name in ("capacity_factor", "eval_capacity_factor", "jitter"):
+            for name in ("capacity_factor", "eval_capacity_factor", "buffer_factor", "jitter"):
                 value = getattr(self, name)
                 require(
                     not value,

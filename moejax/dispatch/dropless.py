@@ -26,7 +26,8 @@ def dropless(
     token_N = plan.token_N[plan.order_N]
     weight_N = plan.weight_N[plan.order_N]
     if spread and jax.lax.axis_size("expert") > 1:
-        y_ND, beside_TD = spread_grouped(p, x_TD[token_N], plan.load_E, activation, beside)
+        x_ND = x_TD[token_N]
+        y_ND, beside_TD = spread_grouped(p, x_ND, plan.load_E, activation, beside, plan.room)
         y_ND = y_ND.astype(jnp.float32) * weight_N[:, None]
         y_TD, output_ED = Rows(x_TD, token_N).results(y_ND, plan.load_E)
     else:

@@ -53,19 +53,25 @@ def spread_batched(
 
 
 def spread_grouped(
-    p: Experts, x_ND: jax.Array, load_E: jax.Array, activation: str, beside: Beside = NOTHING
+    p: Experts,
+    x_ND: jax.Array,
+    load_E: jax.Array,
+    activation: str,
+    beside: Beside = NOTHING,
+    room: int | None = None,
 ) -> tuple[jax.Array, Any]:
     """This device's rows sorted by expert, load_E[e] for expert e of all E, to what the experts
     make of them; the rows behind the last give 0. And what the work beside gives.
 
-    A device has room for the rows of all devices of its axis, whatever the load.
+    A device has room for so many rows, and no more may come (see `fitted`); None = for those of all
+    devices of its axis, whatever the load.
     """
     shards = jax.lax.axis_size("expert")
     sent_RE = load_E.reshape(shards, -1)
     came_RE = _swap(sent_RE)  # from each device, for each of my experts
     send_R, receive_R = sent_RE.sum(1), came_RE.sum(1)
     send_at_R, receive_at_R = _starts(send_R), _starts(receive_R)
-    space_MD = jnp.zeros((shards * x_ND.shape[0], x_ND.shape[1]), x_ND.dtype)
+    space_MD = jnp.zeros((room or shards * x_ND.shape[0], x_ND.shape[1]), x_ND.dtype)
     x_MD = ragged_all_to_all(
         *(x_ND, space_MD, send_at_R, send_R, _swap(receive_at_R), receive_R), axis_name="expert"
     )

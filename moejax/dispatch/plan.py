@@ -36,6 +36,8 @@ class Plan:
       order_N: int32, the permutation that sorts the assignments by expert; those nowhere come last.
       slots: static int, groups x C, the size of an expert's buffer.
       choices: static int, assignments over tokens: K where tokens choose.
+      room: static, the rows that a device of the axis `expert` has room for when they travel
+        sorted; None = for those of all devices.
     """
 
     token_N: jax.Array
@@ -46,6 +48,7 @@ class Plan:
     order_N: jax.Array
     slots: int = dataclasses.field(metadata={"static": True})
     choices: int = dataclasses.field(metadata={"static": True})
+    room: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def num_groups(sequences: int, length: int, groups: str) -> int:
@@ -136,36 +139,77 @@ def make_plan(
     in_group, tokens = num // groups * shards.count, num_tokens // groups * shards.count
     room = capacity(capacity_factor, in_group, num_experts, tokens)
     slots = min(room, num // groups, num_tokens // groups)
-    # Sorted by (expert, group) and, the sort being stable, by priority. An assignment's rank in its
-    # run is the number of earlier assignments to the same expert of the same group.
+    # Sorted by (expert, group) and, the sort being stable, by priority.
     group_N = jnp.arange(num, dtype=jnp.int32) // (num // groups)
     bucket_N = jnp.where(
         routing.expert_N < num_experts, routing.expert_N * groups + group_N, num_experts * groups
     )
-    order_N = jnp.argsort(bucket_N, stable=True).astype(jnp.int32)
-    sizes = jnp.zeros(num_experts * groups + 1, jnp.int32).at[bucket_N].add(1)
-    start = jnp.cumsum(sizes) - sizes
-    rank_N = (
-        jnp.zeros(num, jnp.int32)
-        .at[order_N]
-        .set(jnp.arange(num, dtype=jnp.int32) - start[bucket_N[order_N]], unique_indices=True)
-    )
-    keep_N = routing.expert_N < num_experts
-    if room < min(in_group, tokens):  # something may drop
-        before_N = 0 if shards.count == 1 else _earlier_elsewhere(routing, waves, shards)
-        keep_N &= rank_N + before_N < room
-        # What dropped moves behind everything kept.
-        order_N = order_N[jnp.argsort(~keep_N[order_N], stable=True)]
-    expert_N = jnp.where(keep_N, routing.expert_N, num_experts)
-    return Plan(
+    order_N, rank_N, _ = _ranked(bucket_N, num_experts * groups)
+    plan = Plan(
         token_N=routing.token_N,
-        expert_N=expert_N,
-        weight_N=jnp.where(keep_N, routing.weight_N, 0.0),
+        expert_N=jnp.minimum(routing.expert_N, num_experts),
+        weight_N=routing.weight_N,
         slot_N=group_N * slots + rank_N,
-        load_E=jnp.zeros(num_experts, jnp.int32).at[expert_N].add(1, mode="drop"),
+        load_E=jnp.zeros(num_experts, jnp.int32),
         order_N=order_N,
         slots=groups * slots,
         choices=max(1, num // num_tokens),
+    )
+    if room >= min(in_group, tokens):  # nothing drops
+        return _keeping(plan, routing.expert_N < num_experts, order_N)
+    before_N = 0 if shards.count == 1 else _earlier_elsewhere(routing, waves, shards)
+    return _keeping(plan, (routing.expert_N < num_experts) & (rank_N + before_N < room))
+
+
+def fitted(plan: Plan, factor: float | None) -> Plan:
+    """Inside `shard_map`: a plan without the rows that have no room where their experts are.
+
+    The fair share of a device of the axis `expert` is as many rows as each sends; it has room for
+    `factor` times that, None = for all. Rows of earlier devices come first, then those of earlier
+    tokens: no token loses its place to a later one of its sequence.
+    """
+    num, num_experts = plan.token_N.shape[0], plan.load_E.shape[0]
+    shards = jax.lax.axis_size("expert")
+    if factor is None or factor >= shards:
+        return plan
+    room = math.ceil(round(factor * num, 9))
+    there_N = plan.expert_N // (num_experts // shards)  # nowhere is behind the last device
+    _, rank_N, send_R = _ranked(there_N, shards, plan.token_N)
+    sent_RR = jax.lax.all_gather(send_R, "expert")
+    earlier_R = jnp.arange(shards) < jax.lax.axis_index("expert")
+    before_R = jnp.where(earlier_R[:, None], sent_RR, 0).sum(0)
+    before_N = before_R.at[there_N].get(mode="fill", fill_value=0)
+    kept = _keeping(plan, (plan.expert_N < num_experts) & (rank_N + before_N < room))
+    return dataclasses.replace(kept, room=room)
+
+
+def _ranked(
+    bucket_N: jax.Array, buckets: int, *within_N: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The stable order by bucket, and within one by other keys, if any; each one's number among
+    those of its bucket, and the buckets' sizes. Bucket number `buckets` is nowhere."""
+    num = bucket_N.shape[0]
+    order_N = jnp.lexsort((*within_N, bucket_N)).astype(jnp.int32)
+    sizes = jnp.zeros(buckets + 1, jnp.int32).at[bucket_N].add(1)
+    start = jnp.cumsum(sizes) - sizes
+    place_N = jnp.arange(num, dtype=jnp.int32) - start[bucket_N[order_N]]
+    rank_N = jnp.zeros(num, jnp.int32).at[order_N].set(place_N, unique_indices=True)
+    return order_N, rank_N, sizes[:-1]
+
+
+def _keeping(plan: Plan, keep_N: jax.Array, order_N: jax.Array | None = None) -> Plan:
+    """The plan of some of its assignments; the others move behind them all, unless `order_N` has
+    them there."""
+    num_experts = plan.load_E.shape[0]
+    expert_N = jnp.where(keep_N, plan.expert_N, num_experts)
+    if order_N is None:
+        order_N = plan.order_N[jnp.argsort(~keep_N[plan.order_N], stable=True)]
+    return dataclasses.replace(
+        plan,
+        expert_N=expert_N,
+        weight_N=jnp.where(keep_N, plan.weight_N, 0.0),
+        load_E=jnp.zeros(num_experts, jnp.int32).at[expert_N].add(1, mode="drop"),
+        order_N=order_N,
     )
 
 

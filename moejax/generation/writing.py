@@ -100,6 +100,7 @@ def writing_config(config: Config, prompts: int, rows: int) -> Config:
         dispatch="dropless",
         capacity_factor=None,
         eval_capacity_factor=None,
+        buffer_factor=None,
     )
     if moe.experts:
         found = looks(config)

@@ -48,6 +48,7 @@ class MoE(nnx.Module):
             capacity_factor=config.capacity_factor,
             groups=config.groups,
             jitter=config.jitter,
+            buffer_factor=config.buffer_factor,
         )
         e, d, f, scale = config.experts, model.dim, config.ffn or model.ffn, model.init_scale
         self.w_router_DE = self._projection(rngs, (d, e), scale * config.router_scale)

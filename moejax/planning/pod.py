@@ -1,5 +1,6 @@
 """The plan of a config on a TPU topology: its training step compiled by the TPU compiler."""
 
+import math
 import re
 import time
 from typing import Any
@@ -94,12 +95,12 @@ def read_plan(
     return Plan.of(config, topology, name, mesh, counted)
 
 
-def spare_rows(config: Config, mesh: dict[str, int]) -> int:
-    """Rows of the experts' buffers over the rows that hold tokens at an even load: dropless expert
-    parallelism has room for every token of all shards on one of them."""
+def spare_rows(config: Config, mesh: dict[str, int]) -> float:
+    """Rows of the experts' buffers over the rows that hold tokens at an even load: without a
+    `moe.buffer_factor` dropless expert parallelism has room for the rows of all shards on one."""
     moe = config.moe
     sorted_rows = moe.experts and spread_dispatch(moe.dispatch, moe.groups) == "dropless"
-    return mesh["expert"] if sorted_rows else 1
+    return min(moe.buffer_factor or math.inf, mesh["expert"]) if sorted_rows else 1.0
 
 
 def _notes(config: Config, unknown: tuple[str, ...]) -> tuple[str, ...]:
