@@ -190,6 +190,9 @@ def _in_blocks(
     block: int, step: Callable[[Any, Any], Any], sums: Any, mine: tuple[jax.Array, ...]
 ) -> tuple[Any, Any]:
     """`step` on so many queries (axis 3) after the other: sums, and what it gives for each."""
+    # Nothing in it is differentiated again. But a differentiated scan over layers computes what is
+    # the same in all of them once, and keeps it: the mask, for every head.
+    step = jax.checkpoint(step, prevent_cse=False)
     queries = mine[0].shape[3]
     if not block or block >= queries:
         return step(sums, mine)
