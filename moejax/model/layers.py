@@ -114,10 +114,10 @@ class Attention(nnx.Module):
         self.key_norm = RMSNorm(g * a) if config.qk_norm else None
 
     def keep(self, x_BSD: jax.Array, position_BS: jax.Array) -> Kept:
-        """Keys and values."""
-        dtype = x_BSD.dtype
-        k_BSGA = jnp.einsum("bsd,dga->bsga", x_BSD, self.w_key_DGA[...].astype(dtype))
-        v_BSGA = jnp.einsum("bsd,dga->bsga", x_BSD, self.w_value_DGA[...].astype(dtype))
+        """Keys and values, by one product."""
+        w_DnGA = jnp.stack([self.w_key_DGA[...], self.w_value_DGA[...]], axis=1)
+        kv_BSnGA = jnp.einsum("bsd,dnga->bsnga", x_BSD, w_DnGA.astype(x_BSD.dtype))
+        k_BSGA, v_BSGA = kv_BSnGA[:, :, 0], kv_BSnGA[:, :, 1]
         if self.key_norm is not None:
             k_BSGA = _all_heads(self.key_norm, k_BSGA)
         return rope(k_BSGA, position_BS, self.config.rope_theta), v_BSGA
