@@ -89,7 +89,7 @@ def read_plan(
         hbm_bytes=hbm_bytes(module, times),
         collectives=collectives(module, times, mesh),
         tensors=largest_tensors(module, times),
-        notes=_notes(config, times.unknown),
+        notes=notes_of(config, mesh, times.unknown),
         compile_seconds=seconds,
     )
     return Plan.of(config, topology, name, mesh, counted)
@@ -103,8 +103,14 @@ def spare_rows(config: Config, mesh: dict[str, int]) -> float:
     return min(moe.buffer_factor or math.inf, mesh["expert"]) if sorted_rows else 1.0
 
 
-def _notes(config: Config, unknown: tuple[str, ...]) -> tuple[str, ...]:
+def notes_of(config: Config, mesh: dict[str, int], unknown: tuple[str, ...]) -> tuple[str, ...]:
+    """What a reader of the plan must know."""
     notes = []
+    if (spare := spare_rows(config, mesh)) > 2:
+        notes.append(
+            f"a device has room for {spare:g} times its fair share of rows, and every pass over "
+            "them costs it whole: moe.buffer_factor=2 bounds that, what does not fit drops"
+        )
     again = (config.model.remat != "none") + (config.train.accumulation > 1)
     if again:
         more = ("a third", "two thirds")[again - 1]

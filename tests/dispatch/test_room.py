@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from moejax.config import Config, MeshConfig, MoeConfig
 from moejax.dispatch import Experts
 from moejax.moe import MoeOptions, moe
-from moejax.planning.pod import spare_rows
+from moejax.planning.pod import notes_of, spare_rows
 from moejax.routing import RouterInput, RouterSpec, Routing, make_router, token_choice
 from moejax.sharding import BATCH_AXES, SHARDINGS, make_mesh
 from tests.dispatch.test_parallel import (
@@ -109,6 +109,9 @@ def test_a_plan_counts_the_rows_there_is_room_for() -> None:
     config = Config(moe=MoeConfig(buffer_factor=1.5))
     assert spare_rows(config, {"expert": 8}) == 1.5 and spare_rows(config, {"expert": 1}) == 1
     assert spare_rows(Config(), {"expert": 8}) == 8
+    (note,) = notes_of(Config(), {"expert": 8}, ())
+    assert "room for 8 times its fair share" in note and "moe.buffer_factor=2" in note
+    assert notes_of(config, {"expert": 8}, ()) == notes_of(Config(), {"expert": 1}, ()) == ()
 
 
 def test_a_factor_that_makes_no_sense_is_refused() -> None:
