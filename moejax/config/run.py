@@ -193,7 +193,8 @@ class Config:
         )
         found = dependence(options, self.moe.experts)
         # Rows of other sequences may take the room that a device has; never those of later tokens.
-        return found._replace(others=found.others or self.moe.buffer_factor is not None)
+        bounded = self.moe.buffer_factor is not None and self.mesh.expert > 1
+        return found._replace(others=found.others or bounded)
 
     @property
     def causal(self) -> bool:

@@ -183,12 +183,11 @@ class MoeConfig:
             f"moe.buffer_factor={factor} is less than a device's fair share of rows; use 1 or "
             "more, or None for room for all",
         )
-        buffers = self.dispatch == "einsum" or (self.dispatch, self.groups) == (
-            "gather",
-            "sequence",
-        )
+        by_sequence = "sequence" in (self.groups, self.eval_groups)
         require(
-            factor is None or not buffers,
+            factor is None
+            or self.dispatch == "dropless"
+            or (self.dispatch == "gather" and not by_sequence),
             f"moe.buffer_factor={factor} is for rows that travel sorted, moe.dispatch="
             f"{self.dispatch!r} has buffers by moe.capacity_factor; set moe.dispatch='dropless'",
         )

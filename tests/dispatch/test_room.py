@@ -1,5 +1,6 @@
 """Devices with room for a part of all rows: what does not fit drops, and nothing else changes."""
 
+import dataclasses
 import functools
 import math
 
@@ -117,8 +118,18 @@ def test_a_plan_counts_the_rows_there_is_room_for() -> None:
 def test_a_factor_that_makes_no_sense_is_refused() -> None:
     with pytest.raises(ValueError, match="buffer_factor=0.5 is less than a device's fair share"):
         MoeConfig(buffer_factor=0.5)
-    with pytest.raises(ValueError, match="rows that travel sorted.*set moe.dispatch='dropless'"):
+    # Gather keeps buffers for sequences, in training or only in evaluation.
+    for groups in ({"groups": "sequence"}, {"eval_groups": "sequence"}):
+        assert MoeConfig(buffer_factor=2.0, **groups)
+        with pytest.raises(ValueError, match="travel sorted.*set moe.dispatch='dropless'"):
+            MoeConfig(buffer_factor=2.0, dispatch="gather", **groups)
+    with pytest.raises(ValueError, match="travel sorted.*set moe.dispatch='dropless'"):
         MoeConfig(buffer_factor=2.0, dispatch="einsum")
-    assert Config(moe=MoeConfig(buffer_factor=2.0)).dependence == Config().dependence._replace(
-        others=True
-    )
+    assert MoeConfig(buffer_factor=2.0, dispatch="gather").evaluation().buffer_factor == 2.0
+
+
+def test_whose_rows_have_room_depends_on_other_sequences() -> None:
+    alone = Config(moe=MoeConfig(buffer_factor=2.0))
+    spread = dataclasses.replace(alone, mesh=MeshConfig(data=1, expert=8))
+    assert alone.dependence == Config().dependence and not alone.dependence.others
+    assert spread.dependence == alone.dependence._replace(others=True)
