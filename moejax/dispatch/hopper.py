@@ -12,6 +12,8 @@ from jax import Array
 # Of the output, and of the dimension that is summed: a warpgroup's accumulator of 128 x 128 float32
 # fills half of its registers, four steps of two operands 128 KiB of the 227 KiB of shared memory.
 TILE, SUMMED, STEPS = 128, 64, 4
+# The kernels take rows in such multiples only.
+ROWS = 8
 
 
 def dot(x_NX: Array, w_EXY: Array, load_E: Array) -> Array:
@@ -29,7 +31,8 @@ def of_weights(x_NX: Array, w_EXY: Array, dy_NY: Array, load_E: Array) -> Array:
     from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
 
     _check(x_NX, w_EXY)
-    return transposed_ragged_dot(x_NX, dy_NY, group_sizes=load_E, **_tiles(w_EXY.shape[2]))
+    tiles = _tiles(w_EXY.shape[2])
+    return transposed_ragged_dot(_filled(x_NX), _filled(dy_NY), group_sizes=load_E, **tiles)
 
 
 def _product(x: Array, w_EXY: Array, load_E: Array, turned: bool) -> Array:
@@ -37,10 +40,14 @@ def _product(x: Array, w_EXY: Array, load_E: Array, turned: bool) -> Array:
 
     _check(x, w_EXY)
     tiles = _tiles(w_EXY.shape[1 if turned else 2])
-    y = ragged_dot(x, w_EXY, group_sizes=load_E, transpose_rhs=turned, **tiles)
+    y = ragged_dot(_filled(x), w_EXY, group_sizes=load_E, transpose_rhs=turned, **tiles)[: len(x)]
     # The kernel leaves those rows as it finds them, NaN for all one knows; the one for the weights
     # multiplies its neighbours by 0.
     return jnp.where((jnp.arange(len(y)) < load_E.sum())[:, None], y, 0)
+
+
+def _filled(rows: Array) -> Array:
+    return jnp.pad(rows, ((0, -len(rows) % ROWS), (0, 0)))
 
 
 def _tiles(columns: int) -> dict[str, Any]:

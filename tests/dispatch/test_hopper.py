@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu
 from moejax.dispatch import hopper
 from moejax.dispatch.grouped import grouped_ffn
 
-LOAD_E = jnp.array([70, 0, 100])  # 170 of 200 rows, no boundary on a tile's
+LOAD_E = jnp.array([70, 0, 100])  # 170 of 203 rows, no boundary and no end on a tile's
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def chip(monkeypatch):
 
 def arrays(dtype=jnp.bfloat16):
     rng = np.random.default_rng(0)
-    shapes = (200, 128), (3, 128, 256), (200, 256)
+    shapes = (203, 128), (3, 128, 256), (203, 256)
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
@@ -65,7 +65,7 @@ if hasattr(mosaic_gpu, "force_gpu_interpret_mode"):  # JAX 0.11
                 hopper.of_weights(x_NX, w_EXY, dy_NY, LOAD_E),
             ]
         x, w, dy = (np.asarray(a, np.float64) for a in (x_NX, w_EXY, dy_NY))
-        y, dx, dw = np.zeros((200, 256)), np.zeros((200, 128)), np.zeros((3, 128, 256))
+        y, dx, dw = np.zeros((203, 256)), np.zeros((203, 128)), np.zeros((3, 128, 256))
         for e, own in ((0, slice(0, 70)), (2, slice(70, 170))):
             y[own], dx[own], dw[e] = x[own] @ w[e], dy[own] @ w[e].T, x[own].T @ dy[own]
         for got, wanted in zip(found, (y, dx, dw), strict=True):
