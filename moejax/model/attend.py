@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moejax.model import cudnn
+
 
 class Mask(NamedTuple):
     """Which of M tokens each of S tokens sees: seen_BSM, bool.
@@ -71,17 +73,33 @@ def attend(
     """softmax(q k / sqrt(C)) v, the softmax in float32: y_BSHA. Each kv head serves H / G heads.
 
     block > 0: that many queries at a time, so that no more than [B, H, block, M] scores are there
-    at once. The same values, up to rounding.
+    at once. The same values, up to rounding. Where cuDNN's kernel can be used, it is, and holds
+    none.
     """
+    ours = partial(_by_products, mask.in_order, block)
+    arrays = q_BSHC, k_BMGC, v_BMGA, mask.seen_BSM
+    if cudnn.takes(*arrays):
+        return cudnn.fused(mask.in_order, ours, *arrays)
+    return ours(*arrays)
+
+
+def _by_products(
+    in_order: bool,
+    block: int,
+    q_BSHC: jax.Array,
+    k_BMGC: jax.Array,
+    v_BMGA: jax.Array,
+    seen_BSM: jax.Array,
+) -> jax.Array:
     B, S, H, C = q_BSHC.shape
     M, G = k_BMGC.shape[1:3]
     part = S // PARTS
-    whole = not mask.in_order or S % PARTS or (block and part > block and part % block)
+    whole = not in_order or S % PARTS or (block and part > block and part % block)
     parts = [_Part(0, S, M)] if whole else [_Part(i, i + part, i + part) for i in range(0, S, part)]
     # Heads in front: what is multiplied lies together.
     q_BGRSC = jnp.moveaxis(q_BSHC.reshape(B, S, G, H // G, C) * C**-0.5, 1, 3)
     k_BGMC, v_BGMA = jnp.swapaxes(k_BMGC, 1, 2), jnp.swapaxes(v_BMGA, 1, 2)
-    return _attend(_Cut(tuple(parts), block), q_BGRSC, k_BGMC, v_BGMA, mask.seen_BSM[:, None, None])
+    return _attend(_Cut(tuple(parts), block), q_BGRSC, k_BGMC, v_BGMA, seen_BSM[:, None, None])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -143,7 +161,8 @@ def _backward(cut: _Cut, kept: Any, dy_BSHA: jax.Array) -> tuple[Any, ...]:
         dweight_BGmRs = _dot("bgma,bgrsa->bgmrs", v_BGmA, dy_BGRsA)
         dscore_BGmRs = (weight_BGmRs * (dweight_BGmRs - common_BG1Rs)).astype(dtype)
         dk_BGmC += _dot("bgmrs,bgrsc->bgmc", dscore_BGmRs, q_BGRsC)
-        dq_BGCRs = _dot("bgmc,bgmrs->bgcrs", k_BGmC, dscore_BGmRs).astype(dtype)
+        # Rounded by the product: in a CPU's program one of these axes cannot give float32.
+        dq_BGCRs = jnp.einsum("bgmc,bgmrs->bgcrs", k_BGmC, dscore_BGmRs)
         return (dk_BGmC, dv_BGmA), jnp.moveaxis(dq_BGCRs, 2, 4)
 
     dqs, sums = [], []
