@@ -5,8 +5,8 @@ two minutes on two CPU cores (a core each for two runs at once); so `gshard` (18
 minutes, `expert_choice` (33) and `loss_free` (36) over an hour, `switch` (51) over two.
 14 processes that shared an H100 trained 49 such runs in six and a half minutes, most of it
 compilation. medium: 3.5 PFLOP, for one accelerator; a minute at a tenth of an H100's peak, not
-measured. large: 2 PFLOP, the first ten million tokens of a wide model: a minute and four minutes
-for one seed on an H100, alone and shared by four. The papers' sizes are in pods/ where they exist.
+measured. large: 3 PFLOP, the first fifteen million tokens of a wide model: half a minute for one
+seed on an H100. The papers' sizes are in pods/ where they exist.
 
 A comparison may take more than a sitting. What is finished is kept, and it goes on from a
 committed report alone:
@@ -49,8 +49,8 @@ def get_config(scale: str = "smoke") -> ConfigDict:
     else:
         config.model.update(layers=8, dim=512, heads=8, ffn=2048, dtype="bfloat16")
         config.data.update(name="text", sequence=256, batch=64)
-        config.optimizer.update(learning_rate=1e-3, warmup=60)
-        config.train.update(steps=600, log_every=10, eval_every=100, checkpoint_every=300)
+        config.optimizer.update(learning_rate=1e-3, warmup=90)
+        config.train.update(steps=900, log_every=10, eval_every=150, checkpoint_every=450)
         config.train.eval_rows = 512
     return config
 
@@ -79,7 +79,7 @@ def limits(scale: str, more: str = "") -> str:
         "small": "2.5 million tokens an arm are meant to part sparse models from dense ones; "
         "between learned routers of equal size a seed's spread is as large as most published "
         "differences",
-        "large": "10 million tokens for 34 million active parameters are the beginning of a "
+        "large": "15 million tokens for 34 million active parameters are the beginning of a "
         "training; what a longer one would give is not shown",
         "medium": "82 million tokens an arm order dense and sparse models; between learned routers "
         "of equal size a seed's spread is still as large as most published differences",
