@@ -3,7 +3,6 @@
 Where no GPU is, JAX is told of one, as far as it asks before it compiles.
 """
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
