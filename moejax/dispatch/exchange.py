@@ -10,28 +10,29 @@ import jax.numpy as jnp
 def ragged_all_to_all(
     operand_NX: jax.Array,
     output_MX: jax.Array,
-    input_offsets_R: jax.Array,
-    send_sizes_R: jax.Array,
-    output_offsets_R: jax.Array,
-    recv_sizes_R: jax.Array,
+    input_offsets_K: jax.Array,
+    send_sizes_K: jax.Array,
+    output_offsets_K: jax.Array,
+    recv_sizes_K: jax.Array,
     *,
     axis_name: str,
 ) -> jax.Array:
     """`jax.lax.ragged_all_to_all`, on every platform.
 
-    Inside `shard_map`. This device sends rows input_offsets[j] : + send_sizes[j] of its operand to
-    device j of the axis, which writes them at output_offsets[j] of its own output. Where nobody
-    writes, the output keeps what it was given. CPUs lack the collective: there, one all-gather and
-    a look-up stand in for it, with the same values and gradients, in the memory of all operands.
+    Inside `shard_map`. This device sends K slices, the first K / R of them to the first of the R
+    devices of the axis, and so on: rows input_offsets[k] : + send_sizes[k] of its operand, which
+    are written at output_offsets[k] of that device's output. Where nobody writes, the output keeps
+    what it was given. CPUs lack the collective: there, one all-gather and a look-up stand in for
+    it, with the same values and gradients, in the memory of all operands.
 
     Args:
       operand_NX: rows to send.
       output_MX: what the result is before anything arrives.
-      input_offsets_R, send_sizes_R, output_offsets_R, recv_sizes_R: int32, one entry for each of
-        the R devices of the axis; recv_sizes[j] = rows that come from device j.
+      input_offsets_K, send_sizes_K, output_offsets_K, recv_sizes_K: int32; recv_sizes are those of
+        the slices that come, the first K / R of them from the first device.
       axis_name: the mesh axis.
     """
-    sizes = input_offsets_R, send_sizes_R, output_offsets_R, recv_sizes_R
+    sizes = input_offsets_K, send_sizes_K, output_offsets_K, recv_sizes_K
     return _exchange(axis_name, len(operand_NX), operand_NX, output_MX, sizes)
 
 
@@ -76,25 +77,27 @@ def _implementations(axis_name: str) -> tuple[Any, Any]:
 def _gather_and_look_up(
     operand_NX: jax.Array,
     output_MX: jax.Array,
-    input_offsets_R: jax.Array,
-    send_sizes_R: jax.Array,
-    output_offsets_R: jax.Array,
+    input_offsets_K: jax.Array,
+    send_sizes_K: jax.Array,
+    output_offsets_K: jax.Array,
     *,
     axis_name: str,
 ) -> jax.Array:
-    me = jax.lax.axis_index(axis_name)
+    me, shards = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
 
-    def to_me(a_R: jax.Array) -> jax.Array:
-        return jax.lax.all_gather(a_R, axis_name)[:, me, None]
+    def to_me(a_K: jax.Array) -> jax.Array:
+        a_RRk = jax.lax.all_gather(a_K.reshape(shards, -1), axis_name)
+        return a_RRk[:, me].reshape(-1, 1)
 
-    begin_R1, size_R1 = to_me(output_offsets_R), to_me(send_sizes_R)
-    row_RM = jnp.arange(output_MX.shape[0])[None] - begin_R1  # the row of what that device sends me
-    sent_RM = (row_RM >= 0) & (row_RM < size_R1)
-    sender_1M = sent_RM.argmax(0)[None]
-    source_RM = to_me(input_offsets_R) + row_RM
-    source_M = jnp.take_along_axis(source_RM, sender_1M, axis=0)[0]
+    begin_K1, size_K1 = to_me(output_offsets_K), to_me(send_sizes_K)
+    row_KM = jnp.arange(output_MX.shape[0])[None] - begin_K1  # the row of that slice
+    sent_KM = (row_KM >= 0) & (row_KM < size_K1)
+    slice_1M = sent_KM.argmax(0)[None]
+    source_KM = to_me(input_offsets_K) + row_KM
+    source_M = jnp.take_along_axis(source_KM, slice_1M, axis=0)[0]
+    sender_M = slice_1M[0] // (len(send_sizes_K) // shards)
     operand_RNX = jax.lax.all_gather(operand_NX, axis_name)
     # Clipped where nobody sends: the row is not used there.
-    found_MX = operand_RNX.at[sender_1M[0], source_M].get(mode="clip")
-    written_M = sent_RM.any(0).reshape(-1, *(1,) * (output_MX.ndim - 1))
+    found_MX = operand_RNX.at[sender_M, source_M].get(mode="clip")
+    written_M = sent_KM.any(0).reshape(-1, *(1,) * (output_MX.ndim - 1))
     return jnp.where(written_M, found_MX, output_MX)

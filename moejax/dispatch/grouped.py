@@ -13,7 +13,7 @@ from jax import Array, lax
 from moejax.dispatch import blocks, products, trial
 from moejax.dispatch.measured import Choice
 from moejax.dispatch.products import Activation, manual_axes
-from moejax.dispatch.rows import Rows
+from moejax.dispatch.rows import Rows, zero_tail
 from moejax.dispatch.trial import Sizes
 
 Weights = tuple[Array, ...]  # (w_in_EDF,) or (w_in_EDF, w_gate_EDF)
@@ -80,6 +80,7 @@ def grouped_ffn(
     load_E: Array,
     activation: Activation = jax.nn.silu,
     by: str | None = None,
+    tail: bool = True,
 ) -> Array:
     """Applies expert e's network to its rows: the first load_E[0] rows are expert 0's, and so on.
 
@@ -96,12 +97,16 @@ def grouped_ffn(
         load_E: int32, the number of rows of each expert; may depend on data.
         activation: elementwise.
         by: of `IMPLEMENTATIONS`; None = the one that `choose` names for the platform.
+        tail: False where rows past sum(load_E) are finite, get finite gradients, and nobody looks
+            at what they give.
 
     Returns:
         Outputs in the shape and dtype of the rows.
     """
     ins = (w_in_EDF,) if w_gate_EDF is None else (w_in_EDF, w_gate_EDF)
-    return _ffn(activation, by, *_vary_alike((Rows(rows_ND), ins, w_out_EFD, load_E)))
+    clean = partial(zero_tail, load_E=load_E) if tail else lambda rows: rows
+    args = _vary_alike((Rows(clean(rows_ND)), ins, w_out_EFD, load_E))
+    return clean(_ffn(activation, by, *args))
 
 
 def tokens_ffn(

@@ -63,27 +63,24 @@ def spread_grouped(
     """This device's rows sorted by expert, load_E[e] for expert e of all E, to what the experts
     make of them; the rows behind the last give 0. And what the work beside gives.
 
+    Every expert's rows travel as a slice of their own, to where they lie sorted by expert again.
+
     A device has room for so many rows, and no more may come (see `fitted`); None = for those of all
     devices of its axis, whatever the load.
     """
     shards = jax.lax.axis_size("expert")
-    sent_RE = load_E.reshape(shards, -1)
+    here_RE, sent_RE = (a_E.reshape(shards, -1) for a_E in (_starts(load_E), load_E))
     came_RE = _swap(sent_RE)  # from each device, for each of my experts
-    send_R, receive_R = sent_RE.sum(1), came_RE.sum(1)
-    send_at_R, receive_at_R = _starts(send_R), _starts(receive_R)
+    there_RE = _starts(came_RE.T.reshape(-1)).reshape(-1, shards).T
+    out = (a_RE.reshape(-1) for a_RE in (here_RE, sent_RE, _swap(there_RE), came_RE))
+    home = (a_RE.reshape(-1) for a_RE in (there_RE, came_RE, _swap(here_RE), sent_RE))
     space_MD = jnp.zeros((room or shards * x_ND.shape[0], x_ND.shape[1]), x_ND.dtype)
-    x_MD = ragged_all_to_all(
-        *(x_ND, space_MD, send_at_R, send_R, _swap(receive_at_R), receive_R), axis_name="expert"
-    )
+    x_MD = ragged_all_to_all(x_ND, space_MD, *out, axis_name="expert")
     x_MD, work = meanwhile(x_MD, beside.there())
-    order_M = jnp.argsort(_experts_of(came_RE, x_MD.shape[0]), stable=True)
-    y_MD = experts_grouped(whole(p), x_MD[order_M], came_RE.sum(0), activation)
-    y_MD = jnp.zeros_like(y_MD).at[order_M].set(y_MD, unique_indices=True)
+    # Nobody sends or reads the rows behind the last: they are zeros, and may give anything.
+    y_MD = experts_grouped(whole(p), x_MD, came_RE.sum(0), activation, tail=False)
     y_MD, work = meanwhile(y_MD, work)
-    y_ND = ragged_all_to_all(
-        *(y_MD, jnp.zeros_like(x_ND), receive_at_R, receive_R, _swap(send_at_R), send_R),
-        axis_name="expert",
-    )
+    y_ND = ragged_all_to_all(y_MD, jnp.zeros_like(x_ND), *home, axis_name="expert")
     return meanwhile(y_ND, beside.back(work))
 
 
@@ -97,13 +94,5 @@ def _swap(a_RX: jax.Array) -> jax.Array:
     return jax.lax.all_to_all(a_RX, "expert", 0, 0)
 
 
-def _starts(size_R: jax.Array) -> jax.Array:
-    return jnp.cumsum(size_R) - size_R
-
-
-def _experts_of(came_RE: jax.Array, space: int) -> jax.Array:
-    """The local expert of each received row [M]; rows behind the last have the highest number."""
-    shards, num_local = came_RE.shape
-    ends = jnp.cumsum(came_RE.reshape(-1))
-    place_M = jnp.searchsorted(ends, jnp.arange(space), side="right")
-    return jnp.where(place_M < shards * num_local, place_M % num_local, num_local)
+def _starts(size_N: jax.Array) -> jax.Array:
+    return jnp.cumsum(size_N) - size_N

@@ -20,7 +20,7 @@ TILES = (128, 1024, 1024)
 
 class Products(NamedTuple):
     """dot: (x, w_EXY, load_E) -> y. of_rows: (dy, w_EXY, load_E) -> dx. of_weights: (x, w_EXY, dy,
-    load_E) -> dw_EXY. Rows past sum(load_E) may give any finite number, and are given as such."""
+    load_E) -> dw_EXY. Rows past sum(load_E) are finite numbers, and may give any."""
 
     dot: Callable[..., Array]
     of_rows: Callable[..., Array]
@@ -37,7 +37,7 @@ def hidden_of(
 
 def forward(products: Products, activation, rows: Rows, ins, w_out_EFD, load_E):
     """Outputs, and the hidden rows before the activation; see `grouped_ffn`."""
-    x = rows.all(load_E)
+    x = rows.all()
     pre = tuple(products.dot(x, w, load_E) for w in ins)
     y = products.dot(hidden_of(activation, rows.weight_N1(), *pre), w_out_EFD, load_E)
     return rows.results(y, load_E), pre
@@ -49,15 +49,12 @@ def backward(products: Products, activation, dy, rows: Rows, ins, w_out_EFD, loa
     def transposed(x, w, dy):
         return products.of_rows(dy, w, load_E), products.of_weights(x, w, dy, load_E)
 
-    x, dy = rows.all(load_E), rows.spread(dy, load_E)
+    x, dy = rows.all(), rows.spread(dy)
     hidden, hidden_vjp = jax.vjp(partial(hidden_of, activation), rows.weight_N1(), *pre)
     dhidden, dw_out_EFD = transposed(hidden, w_out_EFD, dy)
     dweight_N1, *dpre = hidden_vjp(dhidden)
     dx, dins = zip(*map(partial(transposed, x), ins, dpre), strict=True)
-    drows = Rows(rows.summed(zero_tail(sum(dx), load_E)))
-    if dweight_N1 is not None:
-        drows = drows._replace(weight_N=zero_tail(dweight_N1, load_E)[:, 0])
-    return drows, dins, dw_out_EFD
+    return rows.gradients(sum(dx), dweight_N1, load_E), dins, dw_out_EFD
 
 
 def compiler_weight_gradient(x: Array, w: Array, dy: Array, load_E: Array) -> Array:

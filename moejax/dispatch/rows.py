@@ -29,35 +29,40 @@ class Rows(NamedTuple):
         """Zeros that lie as the rows do, for sums at tokens float32."""
         return jnp.zeros_like(self.x, None if self.token_N is None else jnp.float32)
 
-    def all(self, load_E: Array) -> Array:
-        """[N, D] or [E, C, D]; zeros past sum(load_E)."""
-        return zero_tail(self.x if self.token_N is None else self.x[self.token_N], load_E)
+    def all(self) -> Array:
+        """[N, D] or [E, C, D]."""
+        return self.x if self.token_N is None else self.x[self.token_N]
 
     def weight_N1(self) -> Array | None:
         return None if self.weight_N is None else self.weight_N[:, None]
 
     def results(self, y: Array, load_E: Array) -> Any:
         """Of the outputs, row by row: as `grouped_ffn` returns them, or `tokens_ffn`."""
-        y = zero_tail(y, load_E)
         if self.token_N is None:
             return y
+        y = zero_tail(y, load_E).astype(jnp.float32)
         expert_N = jnp.searchsorted(jnp.cumsum(load_E), jnp.arange(len(y)), side="right")
-        y = y.astype(jnp.float32)
         nothing_ED = jnp.zeros((len(load_E), y.shape[1]), jnp.float32)
-        return self.summed(y), nothing_ED.at[expert_N].add(y, mode="drop")
+        return self._added_up(y), nothing_ED.at[expert_N].add(y, mode="drop")
 
-    def spread(self, dy: Array, load_E: Array) -> Array:
+    def spread(self, dy: Array) -> Array:
         """Of the outputs' gradients those of the rows."""
-        return self._replace(x=dy).all(load_E).astype(self.x.dtype)
+        return self._replace(x=dy).all().astype(self.x.dtype)
 
-    def summed(self, dx: Array) -> Array:
-        """The sum of rows at each token, float32; where the rows lie there is nothing to sum."""
+    def gradients(self, dx: Array, dweight_N1: Array | None, load_E: Array) -> "Rows":
+        """Of the gradients row by row: where the rows lie, or summed at their tokens, float32."""
         if self.token_N is None:
-            return dx
-        return self.nothing().at[self.token_N].add(dx.astype(jnp.float32))
+            return Rows(dx)
+        assert dweight_N1 is not None
+        dx, dweight_N1 = zero_tail(dx, load_E), zero_tail(dweight_N1, load_E)
+        return Rows(self._added_up(dx.astype(jnp.float32)), weight_N=dweight_N1[:, 0])
+
+    def _added_up(self, rows: Array) -> Array:
+        return self.nothing().at[self.token_N].add(rows)
 
 
 def zero_tail(rows: Array, load_E: Array) -> Array:
+    """Zeros in the place of the rows of no expert."""
     if rows.ndim == 3:  # buffers: their free slots hold zeros, and give zeros
         return rows
     return jnp.where((jnp.arange(len(rows)) < load_E.sum())[:, None], rows, 0)

@@ -29,7 +29,9 @@ def hbm_bytes(module: Module, runs: Runs) -> float:
 
 def _moved(module: Module, computation: Computation, instruction: Instruction) -> int:
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.startswith("async-") or opcode.endswith("-start"):
+    if opcode in _FREE or opcode.endswith("-start"):
+        return 0
+    if opcode.startswith(("async-", "call-")):  # what they run is counted where it stands
         return 0
     if opcode.endswith("-done") or opcode in _SLICES:
         return sum(shape.bytes for shape in instruction.shapes)

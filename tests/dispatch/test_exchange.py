@@ -42,20 +42,41 @@ def test_case_of_jax_value_and_gradient() -> None:
     check(found, "initial_output_grad", start_grad, derived["initial_output_grad"])
 
 
-@pytest.mark.parametrize(("devices", "seed"), [(2, 0), (4, 1), (8, 2)])
-def test_random_sizes_against_loops(devices: int, seed: int) -> None:
-    """Rows of three numbers; every device sends every other one up to three rows, some none."""
+@pytest.mark.parametrize(
+    ("devices", "slices", "seed"), [(2, 1, 0), (4, 1, 1), (8, 1, 2), (4, 3, 3)]
+)
+def test_random_sizes_against_loops(devices: int, slices: int, seed: int) -> None:
+    """Rows of three numbers; every device sends every other one slices of up to three rows, some of
+    none, which arrive in the order of slices, not of devices."""
     random = np.random.default_rng(seed)
-    send = random.integers(0, 4, (devices, devices))
-    rows, space = int(send.sum(1).max()), int(send.sum(0).max()) + 2
+    send = random.integers(0, 4, (devices, devices, slices))
+    rows, space = int(send.sum((1, 2)).max()), int(send.sum((0, 2)).max()) + 2
     operand = random.normal(size=(devices, rows, 3)).astype(np.float32)
-    begin = np.cumsum(send, 1) - send
-    place = np.cumsum(send, 0) - send  # where device j writes what comes from i, before any gap
+
+    def starts(a: np.ndarray) -> np.ndarray:
+        flat = a.reshape(devices, -1)
+        return (np.cumsum(flat, 1) - flat).reshape(a.shape)
+
+    begin = starts(send)
+    # Of device j: first all that comes for slice 0, then for slice 1, and a gap of two rows.
+    place = starts(send.transpose(1, 2, 0)).transpose(2, 0, 1)
     want = np.full((devices, space, 3), -1.0, np.float32)
-    for i in range(devices):
-        for j in range(devices):
-            rows_ij = operand[i, begin[i, j] : begin[i, j] + send[i, j]]
-            want[j, place[i, j] : place[i, j] + send[i, j]] = rows_ij
-    sizes = [jnp.asarray(a, jnp.int32) for a in (begin, send, place, send.T)]
-    got = run(devices, jnp.asarray(operand), jnp.full((devices, space, 3), -1.0), *sizes)
-    np.testing.assert_array_equal(got, want)
+    for i, j, k in np.ndindex(send.shape):
+        at, size = begin[i, j, k], send[i, j, k]
+        want[j, place[i, j, k] : place[i, j, k] + size] = operand[i, at : at + size]
+    sizes = [
+        jnp.asarray(a.reshape(devices, -1), jnp.int32)
+        for a in (begin, send, place, send.swapaxes(0, 1))
+    ]
+    start = jnp.full((devices, space, 3), -1.0)
+    np.testing.assert_array_equal(run(devices, jnp.asarray(operand), start, *sizes), want)
+
+    def loss(operand: jax.Array) -> jax.Array:
+        return (run(devices, operand, start, *sizes) * jnp.where(want < 0, 1.0, want)).sum()
+
+    # Each row is found once at most: its gradient is what stands where it went.
+    gradient = np.asarray(jax.grad(loss)(jnp.asarray(operand)))
+    for i, j, k in np.ndindex(send.shape):
+        at, size = begin[i, j, k], send[i, j, k]
+        there = want[j, place[i, j, k] : place[i, j, k] + size]
+        np.testing.assert_array_equal(gradient[i, at : at + size], np.where(there < 0, 1.0, there))
