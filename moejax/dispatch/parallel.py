@@ -17,6 +17,7 @@ from moejax.dispatch.exchange import ragged_all_to_all
 from moejax.dispatch.experts import Experts, experts_batched, experts_grouped
 from moejax.dispatch.shared import NOTHING, Beside, gathered, meanwhile
 
+LINE = 128  # of a TPU's tiles, the width
 INWARDS, OUTWARDS = P("expert", "fsdp", "tensor"), P("expert", "tensor", "fsdp")
 
 
@@ -54,14 +55,14 @@ def spread_batched(
 
 def spread_grouped(
     p: Experts,
-    x_ND: jax.Array,
+    x_NX: jax.Array,
     load_E: jax.Array,
     activation: str,
     beside: Beside = NOTHING,
     room: int | None = None,
 ) -> tuple[jax.Array, Any]:
-    """This device's rows sorted by expert, load_E[e] for expert e of all E, to what the experts
-    make of them; the rows behind the last give 0. And what the work beside gives.
+    """This device's rows (see `in_lines`) sorted by expert, load_E[e] for expert e of all E, to
+    what the experts make of them; the rows behind the last give 0. And what the work beside gives.
 
     Every expert's rows travel as a slice of their own, to where they lie sorted by expert again.
 
@@ -74,14 +75,22 @@ def spread_grouped(
     there_RE = _starts(came_RE.T.reshape(-1)).reshape(-1, shards).T
     out = (a_RE.reshape(-1) for a_RE in (here_RE, sent_RE, _swap(there_RE), came_RE))
     home = (a_RE.reshape(-1) for a_RE in (there_RE, came_RE, _swap(here_RE), sent_RE))
-    space_MD = jnp.zeros((room or shards * x_ND.shape[0], x_ND.shape[1]), x_ND.dtype)
-    x_MD = ragged_all_to_all(x_ND, space_MD, *out, axis_name="expert")
-    x_MD, work = meanwhile(x_MD, beside.there())
+    num_rows, *line = x_NX.shape
+    space_MX = jnp.zeros((room or shards * num_rows, *line), x_NX.dtype)
+    x_MX = ragged_all_to_all(x_NX, space_MX, *out, axis_name="expert")
+    x_MD, work = meanwhile(x_MX.reshape(len(x_MX), -1), beside.there())
     # Nobody sends or reads the rows behind the last: they are zeros, and may give anything.
     y_MD = experts_grouped(whole(p), x_MD, came_RE.sum(0), activation, tail=False)
     y_MD, work = meanwhile(y_MD, work)
-    y_ND = ragged_all_to_all(y_MD, jnp.zeros_like(x_ND), *home, axis_name="expert")
-    return meanwhile(y_ND, beside.back(work))
+    y_MX = y_MD.reshape(-1, *line)
+    y_NX = ragged_all_to_all(y_MX, jnp.zeros_like(x_NX), *home, axis_name="expert")
+    return meanwhile(y_NX, beside.back(work))
+
+
+def in_lines(x_TD: jax.Array) -> jax.Array:
+    """[T, D / LINE, LINE]: rows that lie in one piece in a TPU's memory, as they must to travel.
+    Picked in this shape none has to be laid out anew. Others stay [T, D]."""
+    return x_TD.reshape(len(x_TD), -1, LINE) if x_TD.shape[1] % LINE == 0 else x_TD
 
 
 def whole(p: Experts) -> Experts:

@@ -15,24 +15,29 @@ from moejax.dispatch import BATCH_AXES, mesh_shards
 from moejax.model.transformer import logits
 
 FEW = 2**20  # logits of a sequence that are not worth cutting: 4 MiB
+# Tokens of a piece on a device. With fewer a product takes as long as reading the unembedding does,
+# which every piece does four times, and its gradient's sum twice.
+ENOUGH = 512
 
 
-def pieces(sequence: int, dim: int, vocab: int) -> int:
-    """How many pieces a sequence is cut into: so many that the logits of one piece are at most
-    twice as many numbers as the hidden states of the whole. A divisor of its length."""
+def pieces(batch: int, sequence: int, dim: int, vocab: int) -> int:
+    """How many pieces the sequences of a device are cut into: so many that the logits of one piece
+    are at most twice as many numbers as the hidden states of the whole, or those of `ENOUGH`
+    tokens. A divisor of the sequence's length."""
     if sequence * vocab <= FEW:
         return 1
-    least = min(sequence, -(-vocab // (2 * dim)))
+    least = max(1, min(sequence, -(-vocab // (2 * dim)), batch * sequence // ENOUGH))
     return next(n for n in range(least, sequence + 1) if sequence % n == 0)
 
 
 def cross_entropy(x_BSD: jax.Array, w_DV: jax.Array, target_BS: jax.Array) -> jax.Array:
     """nll_BS in nats, float32, of the logits x w; both in the compute dtype."""
-    count = pieces(x_BSD.shape[1], *w_DV.shape)
+    shards = mesh_shards()
+    count = pieces(x_BSD.shape[0] // shards.count, x_BSD.shape[1], *w_DV.shape)
     if count == 1:
         logits_BSV = logits(x_BSD, w_DV)
         return optax.softmax_cross_entropy_with_integer_labels(logits_BSV, target_BS)
-    if not mesh_shards().axes:
+    if not shards.axes:
         return _by_pieces(_whole, count, x_BSD, w_DV, target_BS)
 
     def local(x_BSD: jax.Array, w_DV: jax.Array, target_BS: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.config import MeshConfig
-from moejax.dispatch import Experts, Shared
+from moejax.dispatch import Experts, Shared, parallel
 from moejax.moe import MoeOptions, MoeParams, moe
 from moejax.planning.collectives import between_devices
 from moejax.routing import (
@@ -172,6 +173,16 @@ def test_the_same_as_on_one_device(name: str, mesh: str) -> None:
         assert np.abs(y_BSD).max() > 0.1
         if CASES[name][3] is not None and crowd and name not in NEVER_FULL:
             assert int(stats.load_E.sum()) > int(stats.kept_E.sum())  # something dropped
+
+
+def test_rows_travel_in_lines(monkeypatch) -> None:
+    """As wide rows do: the narrow ones of these tests are cut into two lines here."""
+    monkeypatch.setattr(parallel, "LINE", DIM // 2)
+    compiled, where = compiled_layer.__wrapped__("top-3", MESHES[WIDE])
+    got = jax.device_get(compiled(*jax.device_put((params("top-3"), X_BSD, VALID_BS), where)))
+    jax.tree.map(close, got, result("top-3", MeshConfig(data=1), 0.0))
+    text = compiled.as_text()
+    assert re.search(rf"f32\[[\d,]*,2,{DIM // 2}\]\S* all-gather", text)  # which stands in for it
 
 
 BATCH, WIDE = "data,fsdp,expert", "fsdp=2 expert=2 tensor=2"

@@ -45,7 +45,8 @@ def at_once(x_BSD, w_DV, target_BS):
 )
 def test_pieces_give_what_all_logits_give(monkeypatch, mesh) -> None:
     monkeypatch.setattr(file, "FEW", 0)
-    assert pieces(LENGTH, DIM, VOCAB) == 6
+    monkeypatch.setattr(file, "ENOUGH", 1)
+    assert pieces(ROWS, LENGTH, DIM, VOCAB) == 6
     x_BSD, w_DV, target_BS = arrays()
     x_BSD = x_BSD.at[3, 2].mul(100)  # exp of these logits overflows
     expected = both(at_once, x_BSD, w_DV, target_BS)
@@ -63,17 +64,19 @@ def test_pieces_give_what_all_logits_give(monkeypatch, mesh) -> None:
 
 
 def test_a_few_logits_are_not_cut_and_many_never_dominate() -> None:
-    assert pieces(4096, 64, 256) == 1
-    assert pieces(4096, 4096, 32000) == 4
-    assert pieces(4096, 7168, 129280) == 16  # 10 would be enough, but is no divisor
-    assert pieces(4099, 64, 32000) == 4099  # a prime
+    assert pieces(1, 4096, 64, 256) == 1
+    assert pieces(1, 4096, 4096, 32000) == 4
+    assert pieces(2, 4096, 7168, 129280) == 16  # 10 would be enough, but is no divisor
+    assert pieces(1, 4096, 2048, 102400) == 8 and pieces(8, 4096, 2048, 102400) == 32  # 25, if many
+    assert pieces(1, 256, 64, 32000) == 1  # fewer tokens than are enough
+    assert pieces(64, 4099, 64, 32000) == 4099  # a prime
 
 
 def test_memory_is_that_of_a_piece() -> None:
-    shapes = (4, 256, 16), (16, 8192), (4, 256)
+    shapes = (32, 512, 16), (16, 8192), (32, 512)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes[:2]]
     arguments.append(jax.ShapeDtypeStruct(shapes[2], jnp.int32))
-    all_logits = 4 * 256 * 8192 * 4
+    all_logits = 32 * 512 * 8192 * 4
 
     def temporaries(nll) -> int:
         gradient = jax.jit(jax.grad(lambda x, w, t: nll(x, w, t).sum(), argnums=(0, 1)))
@@ -99,6 +102,7 @@ def test_a_whole_step_by_pieces_has_the_same_loss(monkeypatch, config) -> None:
 
     expected = run()
     monkeypatch.setattr(file, "FEW", 0)
+    monkeypatch.setattr(file, "ENOUGH", 1)
     found = run()
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
