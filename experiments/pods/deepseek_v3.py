@@ -34,6 +34,6 @@ def get_config(scale: str = "full") -> ConfigDict:
     config.optimizer.update(learning_rate=2.2e-4, schedule="wsd", decay_fraction=0.32)
     config.optimizer.warmup = 2_000
     config.train.update(steps=235_000, log_every=100, eval_every=5_000, checkpoint_every=1_000)
-    config.train.accumulation = 15
+    config.train.accumulation = 5
     config.mesh.update(data=1, fsdp=128, expert=8)
     return config
