@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu
 
-from moejax.dispatch import hopper
-from moejax.dispatch.grouped import grouped_ffn
+from moejax.dispatch import hopper, trial
+from moejax.dispatch.grouped import IMPLEMENTATIONS, grouped_ffn
 
 LOAD_E = jnp.array([70, 0, 100])  # 170 of 203 rows, no boundary and no end on a tile's
 
@@ -41,6 +41,14 @@ def test_every_product_of_forward_and_backward_is_a_kernel():
 
     # Forward 3, of which this loss does not need y's; backward 3 for rows and 3 for weights.
     assert kernels("hopper") == (8, 0)
+
+
+def test_what_a_trial_runs_is_taken():
+    """A trial that they refuse is lost, and nobody sees it: another implementation is chosen."""
+    for sizes in (trial.Sizes(4, 256, 128, "bfloat16"), trial.Sizes(64, 128, 256, "bfloat16")):
+        traced = trial._jitted(IMPLEMENTATIONS["hopper"]).trace(*trial._arguments(sizes))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("custom_call @mosaic_gpu") == 9
 
 
 def test_what_the_kernels_do_not_take_is_refused():
