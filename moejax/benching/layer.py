@@ -97,7 +97,7 @@ def candidates(case: Case, dtype: Any) -> dict[str, tuple[Function, tuple[Any, .
         if way in IMPLEMENTATIONS:
             found[way] = partial(_experts_by, way), (p, x_ND, sorted_load_E)
         elif way == "experts":
-            grouped = lambda p, x, load: experts_grouped(p, x, load, "swiglu", tail=False)  # noqa: E731
+            grouped = lambda p, x, load: experts_grouped(p, x, load, "swiglu")  # noqa: E731
             found[way] = grouped, (p, x_ND, sorted_load_E)
         elif way == "layer":
             found[way] = _whole(case), (_router(case), p, x_TD, jnp.ones((1, case.tokens), bool))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from moejax.dispatch.experts import Experts, experts_on_tokens
 from moejax.dispatch.parallel import in_lines, spread_grouped, whole
 from moejax.dispatch.plan import Plan
+from moejax.dispatch.rows import added_up
 from moejax.dispatch.shared import NOTHING, Beside
 
 
@@ -25,13 +26,11 @@ def dropless(
     token_N = plan.token_N[plan.order_N]
     weight_N = plan.weight_N[plan.order_N]
     if spread and jax.lax.axis_size("expert") > 1:
-        x_TX, num_experts = in_lines(x_TD), plan.load_E.shape[0]
-        x_NX = x_TX[token_N]
+        x_NX, num_experts = in_lines(x_TD)[token_N], plan.load_E.shape[0]
         y_NX, beside_TD = spread_grouped(p, x_NX, plan.load_E, activation, beside, plan.room)
         y_NX = y_NX.astype(jnp.float32) * weight_N.reshape(-1, *(1,) * (x_NX.ndim - 1))
-        y_TD = jnp.zeros_like(x_TX, jnp.float32).at[token_N].add(y_NX).reshape(x_TD.shape)
-        nothing_EX = jnp.zeros((num_experts, *x_NX.shape[1:]), jnp.float32)
-        output_EX = nothing_EX.at[plan.expert_N[plan.order_N]].add(y_NX, mode="drop")
+        y_TD = added_up(y_NX, token_N, len(x_TD)).reshape(x_TD.shape)
+        output_EX = added_up(y_NX, plan.expert_N[plan.order_N], num_experts)
         output_ED = output_EX.reshape(num_experts, -1)
     else:
         mine, beside_TD = whole(p) if spread else p, beside.alone()

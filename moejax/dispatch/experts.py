@@ -55,14 +55,12 @@ def experts_batched(
     return jnp.einsum("ecf,efd->ecd", h_ECF, p.w_out_EFD)
 
 
-def experts_grouped(
-    p: Experts, x_ND: jax.Array, load_E: jax.Array, activation: str, tail: bool = True
-) -> jax.Array:
-    """Rows sorted by expert, load_E[e] of them for expert e: [N, D] to [N, D]; the rest gives 0.
-    `tail` False: the rest is zeros, and what it gives is not looked at."""
+def experts_grouped(p: Experts, x_ND: jax.Array, load_E: jax.Array, activation: str) -> jax.Array:
+    """Rows sorted by expert, load_E[e] of them for expert e: [N, D] to [N, D]. The rest must be
+    zeros, and may give anything."""
     function, _ = ACTIVATIONS[activation]
     weights = p.w_in_EDF, p.w_gate_EDF, p.w_out_EFD
-    return grouped_ffn(x_ND, *weights, load_E, function, tail=tail)
+    return grouped_ffn(x_ND, *weights, load_E, function, tail=False)
 
 
 def experts_on_tokens(

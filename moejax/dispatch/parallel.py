@@ -80,7 +80,7 @@ def spread_grouped(
     x_MX = ragged_all_to_all(x_NX, space_MX, *out, axis_name="expert")
     x_MD, work = meanwhile(x_MX.reshape(len(x_MX), -1), beside.there())
     # Nobody sends or reads the rows behind the last: they are zeros, and may give anything.
-    y_MD = experts_grouped(whole(p), x_MD, came_RE.sum(0), activation, tail=False)
+    y_MD = experts_grouped(whole(p), x_MD, came_RE.sum(0), activation)
     y_MD, work = meanwhile(y_MD, work)
     y_MX = y_MD.reshape(-1, *line)
     y_NX = ragged_all_to_all(y_MX, jnp.zeros_like(x_NX), *home, axis_name="expert")

@@ -42,8 +42,7 @@ class Rows(NamedTuple):
             return y
         y = zero_tail(y, load_E).astype(jnp.float32)
         expert_N = jnp.searchsorted(jnp.cumsum(load_E), jnp.arange(len(y)), side="right")
-        nothing_ED = jnp.zeros((len(load_E), y.shape[1]), jnp.float32)
-        return self._added_up(y), nothing_ED.at[expert_N].add(y, mode="drop")
+        return added_up(y, self.token_N, len(self.x)), added_up(y, expert_N, len(load_E))
 
     def spread(self, dy: Array) -> Array:
         """Of the outputs' gradients those of the rows."""
@@ -55,10 +54,14 @@ class Rows(NamedTuple):
             return Rows(dx)
         assert dweight_N1 is not None
         dx, dweight_N1 = zero_tail(dx, load_E), zero_tail(dweight_N1, load_E)
-        return Rows(self._added_up(dx.astype(jnp.float32)), weight_N=dweight_N1[:, 0])
+        dx = added_up(dx.astype(jnp.float32), self.token_N, len(self.x))
+        return Rows(dx, weight_N=dweight_N1[:, 0])
 
-    def _added_up(self, rows: Array) -> Array:
-        return self.nothing().at[self.token_N].add(rows)
+
+def added_up(y_NX: Array, at_N: Array, number: int) -> Array:
+    """The sum of the rows [N, ...] at each of so many places, which `at_N` names; a row of none of
+    them is left out."""
+    return jnp.zeros((number, *y_NX.shape[1:]), y_NX.dtype).at[at_N].add(y_NX, mode="drop")
 
 
 def zero_tail(rows: Array, load_E: Array) -> Array:
