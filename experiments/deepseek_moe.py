@@ -2,8 +2,8 @@
 
     moejax compare experiments/deepseek_moe.py:smoke
 
-The paper's Table 1 and its granularity: all sparse arms have the expert parameters of 8 (at medium
-16) feed-forward networks, in every layer, and drop nothing. Takes minutes on two CPU cores.
+The paper's Table 1 and its granularity: all sparse arms have the expert parameters of 8
+feed-forward networks, in every layer, and drop nothing. Takes minutes on two CPU cores.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ PAPER = "Dai et al. 2024"
 
 
 def get_config(scale: str = "smoke") -> ConfigDict:
-    """The paper's own arm: 1 shared and 31 (at medium 63) routed experts of a quarter's width."""
+    """The paper's own arm: 1 shared and 31 routed experts of a quarter's width."""
     config = base.many_arms(scale)
     config.router = router_config("deepseek_moe", k=7)
     total = 4 * config.moe.experts
