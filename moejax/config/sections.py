@@ -8,7 +8,14 @@ from typing import Any
 
 from moejax.dispatch import ACTIVATIONS, DISPATCH, GROUPS
 from moejax.names import did_you_mean
-from moejax.routing import AnyRouter, Router, hyperparameters, make_router, router_name
+from moejax.routing import (
+    AnyRouter,
+    Router,
+    hyperparameters,
+    make_router,
+    router_name,
+    update_rates,
+)
 
 
 def require(condition: bool, message: str) -> None:
@@ -231,6 +238,12 @@ class RouterConfig:
     @property
     def label(self) -> str:
         return router_name(self.name)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The `update_rates` as configured."""
+        given = dict(self.options)
+        return {name: given.get(name, rate) for name, rate in update_rates(self.name).items()}
 
     @property
     def custom(self) -> bool:

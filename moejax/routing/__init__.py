@@ -10,6 +10,7 @@ from moejax.routing.registry import (
     hyperparameters,
     make_router,
     router_name,
+    update_rates,
 )
 from moejax.routing.spec import LayerSize, RouterSpec
 from moejax.routing.types import (
@@ -49,4 +50,5 @@ __all__ = [
     "token_choice",
     "token_keys",
     "token_noise",
+    "update_rates",
 ]

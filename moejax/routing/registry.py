@@ -19,7 +19,6 @@ from moejax.routing import (
     replay,
     token_choice,
 )
-from moejax.routing.metrics import MoeStats
 from moejax.routing.spec import LayerSize, RouterSpec
 from moejax.routing.types import RouterFn
 
@@ -44,7 +43,8 @@ class Router(NamedTuple):
     Attributes:
       route: RouterInput -> Routing.
       init: LayerSize -> state of one layer, or None.
-      update: (state, MoeStats) -> state, both with a leading layer axis.
+      update: (state, MoeStats, **rates) -> state, both with a leading layer axis; `update_rates`
+        given here, as arrays, take the place of those that are bound.
       columns: E -> how many further projections of a token it looks at.
       spec: what is said of it, None for a user's own function without one.
       order: who goes first when an expert is full: see `token_choice`.
@@ -52,7 +52,7 @@ class Router(NamedTuple):
 
     route: RouterFn
     init: Callable[[LayerSize], Any]
-    update: Callable[[Any, MoeStats], Any]
+    update: Callable[..., Any]
     columns: Callable[[int], int]
     spec: RouterSpec | None = None
     order: str = "k_major"
@@ -72,6 +72,22 @@ def hyperparameters(router: AnyRouter) -> dict[str, Any]:
     for function in _functions(router).values():
         options |= _keywords(function)
     return options
+
+
+def update_rates(router: AnyRouter) -> dict[str, float]:
+    """Of a router by name, the options that are floats and that only its state's update takes, with
+    their defaults. They may be traced: the catalogue's updates compute with them, and never branch
+    on them. A user's own may, so it has none.
+
+    Raises:
+      ValueError: unknown router.
+    """
+    if not isinstance(router, str):
+        return {}
+    functions = _functions(router)
+    own = _keywords(functions.pop("update")) if "update" in functions else {}
+    others = {name for function in functions.values() for name in _keywords(function)}
+    return {n: v for n, v in own.items() if isinstance(v, float) and n not in others}
 
 
 def make_router(router: AnyRouter, options: Mapping[str, Any] | None = None) -> Router:

@@ -150,7 +150,7 @@ def lower_train_step(config: Config, vocab_size: int, laid: Laid, width: int = 0
     ) -> tuple[TrainState, dict[str, Any]]:
         optimizer = make_optimizer(config.optimizer, config.train.steps, numbers.learning_rate)
         given = {"graph": graph, "config": config, "optimizer": optimizer}
-        return train_step(state, batch, **given, weights=numbers.balance)
+        return train_step(state, batch, **given, numbers=numbers)
 
     batch = _abstract_batch(config, batch_sharding(laid.mesh), width)
     everywhere = NamedSharding(laid.mesh, P())  # read on the host: every process must hold it

@@ -15,6 +15,7 @@ from moejax.routing import Decisions, MoeStats
 from moejax.routing.balance import balance_losses
 from moejax.routing.metrics import figures
 from moejax.tracing.schema import index_dtype
+from moejax.training.coefficients import Coefficients, coefficients
 from moejax.training.cross_entropy import cross_entropy
 from moejax.training.state import TrainState
 
@@ -124,10 +125,10 @@ def train_step(
     graph: Any,
     config: Config,
     optimizer: optax.GradientTransformation,
-    weights: Mapping[str, ArrayLike] | None = None,
+    numbers: Coefficients | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """One optimizer step: gradients, update, and the next router state from this batch's loads.
-    `weights`: see `loss_fn`.
+    `numbers`: the balance losses' weights and the router's rates; None = the config's.
 
     Returns:
       The next state, and metrics: loss (cross entropy, nats per target), balance (unweighted
@@ -135,13 +136,16 @@ def train_step(
         of: traced, the batch and its `Decisions` [L, B, S, ...].
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    numbers = coefficients(config) if numbers is None else numbers
     gradient = jax.grad(loss_fn, has_aux=True)
-    grads, aux = gradient(state.params, state.router_state, batch, key, graph, config, weights)
+    grads, aux = gradient(
+        state.params, state.router_state, batch, key, graph, config, numbers.balance
+    )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     stats = aux.pop("stats")
     router_state = state.router_state
     if router_state is not None:
-        router_state = config.router.make().update(router_state, stats)
+        router_state = config.router.make().update(router_state, stats, **numbers.router)
     next_state = TrainState(
         step=state.step + 1,
         position=state.position + batch.tokens_BS.shape[0],
