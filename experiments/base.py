@@ -1,7 +1,7 @@
 """The common model at each scale. Experiments start from here and change what they are about.
 
 smoke: half a minute an arm and seed on two CPU cores, most of it compilation. small: 18 TFLOP and
-two minutes on two CPU cores (a core each for two runs at once); so `gshard` (18 runs) takes forty
+two minutes on two CPU cores (a core each for two runs at once); so `gshard` (24 runs) takes fifty
 minutes, `expert_choice` (33) and `loss_free` (36) over an hour, `switch` (51) over two.
 14 processes that shared an H100 trained 49 such runs in six and a half minutes, most of it
 compilation. medium: the model of small for 4,000 steps of fewer tokens, 30 TFLOP: seven minutes an

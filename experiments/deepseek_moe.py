@@ -79,7 +79,7 @@ def get_suite(scale: str = "smoke") -> Suite:
             "shared_2": "1 shared and top-3, half the width",
             "deepseek": "1 shared and top-7, a quarter of the width",
         },
-        matched="text and its order, steps, batch, learning rate; total expert parameters of all "
+        matched="text and its order, steps, batch; total expert parameters of all "
         "sparse arms but gshard_1.5; active ones of gshard and the arms with a shared expert",
         unmatched={
             **dict.fromkeys(("gshard", "shared_1", "shared_2", "deepseek"), twice),

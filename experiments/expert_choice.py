@@ -77,7 +77,7 @@ def get_suite(scale: str = "smoke") -> Suite:
             "hash": "a table from token to expert",
             "oracle": "a table from the *next* token to expert: a control that cheats",
         },
-        matched="text and its order, steps, batch, learning rate, active parameters, slots of all "
+        matched="text and its order, steps, batch, active parameters, slots of all "
         "experts together",
         limits=base.limits(
             scale,

@@ -56,7 +56,7 @@ def get_suite(scale: str = "smoke") -> Suite:
             **{name: f"top-2 of {name[1:]}, random second, capacity 1.0" for name in sizes},
             "e16_always": "e16, but the second expert is always asked for",
         },
-        matched="text and its order, steps, batch, learning rate, active parameters and FLOPs; "
+        matched="text and its order, steps, batch, active parameters and FLOPs; "
         "total parameters grow with the experts, by intent",
         limits=base.limits(
             scale,

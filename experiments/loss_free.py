@@ -79,7 +79,7 @@ def get_suite(scale: str = "smoke") -> Suite:
             "softmax_free": "softmax gate, bias by the error itself",
         },
         baseline="aux_0.001",
-        matched="text and its order, steps, batch, learning rate, all sizes: the arms differ only "
+        matched="text and its order, steps, batch, all sizes: the arms differ only "
         "in what balances (and two in the gate)",
         limits=base.limits(
             scale,

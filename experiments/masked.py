@@ -72,7 +72,7 @@ def get_suite(scale: str = "smoke") -> Suite:
                 for name, cf in zip(best, FACTORS, strict=True)
             },
         },
-        matched="text, its order and its masked bytes, steps, batch, learning rate, active "
+        matched="text, its order and its masked bytes, steps, batch, active "
         "parameters; slots of all experts together: of dense, Switch, top-2 and both pools",
         limits=_limits(scale),
         claims=claims(),

@@ -94,7 +94,7 @@ def get_suite(scale: str = "smoke") -> Suite:
             "hot": "top2_1.25 at 6 times the learning rate",
             "hot_z": "the same with a z-loss of 0.001",
         },
-        matched="text and its order, steps, batch, learning rate; slots of all experts at one "
+        matched="text and its order, steps, batch; slots of all experts at one "
         "quoted factor; active parameters of the top-1 arms and dense",
         unmatched={
             **dict.fromkeys((*twos, "z"), twice),

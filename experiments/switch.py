@@ -118,7 +118,7 @@ def get_suite(scale: str = "smoke") -> Suite:
             "hot_init_0.1": "the same, all weights of a tenth of the variance at first",
             "dense_3.4x": "twice the width: 3.4 times the FLOPs, as T5-Large to T5-Base",
         },
-        matched="text and its order, steps, batch, learning rate, the model around the experts, "
+        matched="text and its order, steps, batch, the model around the experts, "
         "active parameters; Switch and top-2 at one quoted factor: slots of all experts together",
         unmatched={
             **dict.fromkeys(halves, slots),

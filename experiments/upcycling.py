@@ -61,7 +61,7 @@ def get_suite(scale: str = "smoke") -> Suite:
             "upcycled_100": f"start and {steps} steps",
             "scratch_100": f"the same model from random weights, {steps} steps",
         },
-        matched="text and its order (every run reads it from its beginning), batch, learning rate; "
+        matched="text and its order (every run reads it from its beginning), batch; "
         "steps within each pair of upcycled and scratch",
         unmatched={
             "dense_120": "a fifth more steps",

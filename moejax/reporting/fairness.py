@@ -40,6 +40,7 @@ def caveats(results: Results) -> list[str]:
         ("versions", "run.versions"),
     ):
         found += _disagreement(results, label, key)
+    found += _edges(results)
     for variant, runs in results.finished():
         found += _seed_configs(variant, runs)
     for run in results.all_runs:
@@ -62,6 +63,20 @@ def learning_rates(results: Results) -> str:
         f"each arm was trained at {factors} on a seed that is not among the results and kept the "
         f"one of lowest training loss, no evaluation text being used: {chosen}"
     )
+
+
+def _edges(results: Results) -> list[str]:
+    """Arms whose best learning rate is the smallest or the largest tried."""
+    found = []
+    for word, edge in (("smallest", min), ("largest", max)):
+        names = [
+            name
+            for name, swept in results.suite.get("learning_rates", {}).items()
+            if len(swept["loss"]) > 1 and swept["best"] == edge(map(float, swept["loss"]))
+        ]
+        if names:
+            found.append(f"The best learning rate is the {word} that was tried: {_names(names)}.")
+    return found
 
 
 def _disagreement(results: Results, label: str, key: str) -> list[str]:

@@ -194,6 +194,23 @@ def test_learning_rates_of_two_machines_are_told_together(write, arms, tmp_path:
     assert "x0.5, x2" in told and told.endswith("dense x0.5, switch x2")
 
 
+@pytest.mark.parametrize(
+    ("tried", "best", "told"),
+    [
+        ({"0.5": 2.0, "1": 1.8, "2": 1.9}, 1.0, []),
+        ({"0.5": 1.7, "1": 1.8, "2": 1.9}, 0.5, ["The best learning rate is the smallest"]),
+        ({"0.5": 2.0, "1": 1.8, "2": 1.7}, 2.0, ["The best learning rate is the largest"]),
+        ({"0.5": 2.0, "1": 1.8, "2": None}, 1.0, []),  # the largest diverged
+    ],
+)
+def test_a_best_learning_rate_at_the_edge_is_told(comparison: Path, tried, best, told) -> None:
+    suite = json.loads((comparison / "suite.json").read_text())
+    suite["learning_rates"] = {"switch": {"loss": tried, "best": best}}
+    (comparison / "suite.json").write_text(json.dumps(suite))
+    found = caveats(load(comparison))
+    assert [line.removesuffix(" that was tried: switch.") for line in found] == told
+
+
 def test_losses_of_masked_tokens_are_called_so(comparison: Path) -> None:
     assert load(comparison).unit == "bits per byte"
     for path in comparison.glob("*/*/config.json"):
