@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .results import Results, Run, flatten, lookup
+from .results import NOT_STARTED, Results, Run, flatten, lookup
 
 
 def config_differences(results: Results) -> dict[str, dict[str, Any]]:
@@ -24,7 +24,7 @@ def config_differences(results: Results) -> dict[str, dict[str, Any]]:
 
 def caveats(results: Results) -> list[str]:
     """One line each: why two arms may not be comparable, or what the tables leave out."""
-    found = [f"Incomplete: {name}: {why}." for name, why in results.incomplete.items()]
+    found = _incomplete(results)
     if note := results.suite.get("note", ""):
         found.append(f"Note: {note}.")
     by_reason: dict[str, list[str]] = {}
@@ -63,6 +63,22 @@ def learning_rates(results: Results) -> str:
         f"each arm was trained at {factors} on a seed that is not among the results and kept the "
         f"one of lowest training loss, no evaluation text being used: {chosen}"
     )
+
+
+def _incomplete(results: Results) -> list[str]:
+    """Arms of which nothing was trained in one line; else a line a run."""
+    waiting = results.incomplete
+    absent = [
+        variant
+        for variant in results.variants
+        if {waiting.get(f"{variant}/seed{s}") for s in results.seeds} == {NOT_STARTED}
+    ]
+    found = [f"Not trained: {', '.join(absent)}."] if absent else []
+    return found + [
+        f"Incomplete: {name}: {why}."
+        for name, why in waiting.items()
+        if name.split("/")[0] not in absent
+    ]
 
 
 def _edges(results: Results) -> list[str]:

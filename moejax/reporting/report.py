@@ -66,11 +66,14 @@ def judge(results: Results, suite: Suite) -> Judged:
 
 
 def tally(judged: Judged) -> str:
-    """ "3 of 5 claims held, 1 not held, 1 inconclusive; 2 reported"."""
+    """ "3 of 6 claims held, 1 not held, 2 inconclusive (1 not measured); 2 reported"."""
     counts = Counter(shown_status(claim, verdict) for claim, verdict in judged)
     total = len(judged) - counts["reported"]
     parts = [f"{counts['held']} of {total} claims held"]
     parts += [f"{counts[s]} {s}" for s in ("not held", "inconclusive") if counts[s]]
+    nothing = sum(shown_status(c, v) == "inconclusive" and not v.n for c, v in judged)
+    if nothing:
+        parts[-1] += f" ({nothing} not measured)"
     text = ", ".join(parts) if total else "No claims to judge"
     return f"{text}; {counts['reported']} reported" if counts["reported"] else text
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+NOT_STARTED = "not started"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Results:
         for variant in self.variants:
             for seed in self.seeds:
                 if (variant, seed) not in present:
-                    waiting[f"{variant}/seed{seed}"] = "not started"
+                    waiting[f"{variant}/seed{seed}"] = NOT_STARTED
         return waiting
 
     def of(self, variant: str) -> dict[int, Run]:

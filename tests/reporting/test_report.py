@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_report_end_to_end(comparison: Path, suite: Suite, tmp_path: Path) -> No
 
 def check_terminal(text: str) -> None:
     assert max(map(len, text.splitlines())) <= 120
-    assert "2 of 5 claims held, 1 not held, 2 inconclusive; 1 reported" in text
+    assert "2 of 5 claims held, 1 not held, 2 inconclusive (1 not measured); 1 reported" in text
     assert "2.4000 ± 0.0300" in text  # switch: 2.40, 2.43, 2.37: sd .03
     assert "-0.1000 ± 0.0169" in text  # against dense, as in the verdict
     assert "expert_choice †" in text and "† expert_choice: as trained" in text
@@ -178,6 +179,19 @@ def test_a_diverged_run_is_reported(comparison: Path, suite: Suite, tmp_path: Pa
     summary = json.loads((tmp_path / "report/summary.json").read_text())
     table = Table.from_json(summary["tables"]["loss"])
     assert terminal(table) in text
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_arms_that_nobody_trained_are_told_in_a_line(
+    comparison: Path, suite: Suite, tmp_path: Path
+) -> None:
+    for arm in ("topk", "loss_free"):
+        shutil.rmtree(comparison / arm)
+    shutil.rmtree(comparison / "switch/seed2")
+    text = write_report(load(comparison), suite, tmp_path / "report")
+    assert "Not trained: loss_free, topk." in text and "Incomplete: topk" not in text
+    assert "Incomplete: switch/seed2: not started." in text
+    assert "(2 not measured)" in text  # LF2, without its arm now, and N1
 
 
 @pytest.mark.usefixtures("no_figures")
